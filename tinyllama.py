@@ -13,7 +13,7 @@ reads such a model from disk, computes that function with numpy, and applies it 
     5. Tokenizer     text to tokens by byte-pair merges, and back
     6. Loading       from a file to a Model
     7. Sampling      from logits to the next token, and the loop that generates text
-    8. Command line
+    8. - 10. The command line: arguments; a text or a conversation; perplexity, a lesson, a benchmark
 
 Letters in comments and docstrings stand for sizes:  T tokens in this call   D dim, the width of the residual stream
 H query heads   K key/value heads   E width of a head   F width of the feed-forward layer   V size of the vocabulary
@@ -61,6 +61,7 @@ import warnings
 from collections import deque
 from functools import lru_cache
 from typing import BinaryIO, Callable, Iterator, NamedTuple, Sequence
+from unittest import mock
 
 f32 = np.float32
 
@@ -115,9 +116,12 @@ def scale(field: np.ndarray) -> np.ndarray:
 
 
 def halves(q: np.ndarray) -> np.ndarray:
-    """[..., 16, rows] nibbles of pairs (2j, 2j + 1) -> nibbles of pairs (j, j + 16)."""
-    a, b = q[..., :8, :], q[..., 8:, :]                   # weights 0..15 and 16..31
-    return np.stack([a & 15 | b << 4, a >> 4 | b & 0xF0], axis=-2).reshape(q.shape)
+    """[rows, B, 16] nibbles of pairs (2j, 2j + 1) -> [B, 16, rows] nibbles of pairs (j, j + 16)."""
+    low = np.uint64(0x0F0F0F0F0F0F0F0F)                   # eight bytes at a time
+    a, b = np.moveaxis(q.view("<u8"), -1, 0)              # weights 0..15 and 16..31
+    even, odd = a & low | (b & low) << np.uint64(4), a >> np.uint64(4) & low | b & ~low
+    pairs = np.stack([even, odd]).view(np.uint8).reshape(2, *a.shape, 8)
+    return pairs.transpose(2, 3, 0, 1).reshape(a.shape[1], 16, a.shape[0])
 
 
 def nibbles(n: np.ndarray) -> np.ndarray:
@@ -147,7 +151,7 @@ def blocks_of(size: int, *arrays: np.ndarray) -> list[np.ndarray]:
 
 
 def unpack_pairs(x: np.ndarray) -> Quants:
-    return Quants(halves(last(x["q"])), scale(x["d"]), scale(x["m"]) if "m" in x.dtype.names else None)
+    return Quants(halves(x["q"]), scale(x["d"]), scale(x["m"]) if "m" in x.dtype.names else None)
 
 
 def unpack_q4(x: np.ndarray) -> Quants:
@@ -440,7 +444,7 @@ def read_ggml(path: str) -> tuple[Header, list[bytes], dict[str, Tensor]]:
             raise r.broken(f"impossible header: {dict(header._asdict())}")
         if header.ftype not in GGML_TYPES:
             raise r.broken(f"ftype {header.ftype} is not supported (0 f32, 1 f16, 2 q4_0, 3 q4_1 are)")
-        if header.n_vocab * 24 > r.size:                  # its text and its row of the smallest embedding
+        if header.n_vocab * (4 + header.dim // 16) > r.size:         # a token's text, and its row in a part of the embedding
             raise r.broken(f"too short for a vocabulary of {header.n_vocab} tokens: damaged or cut short")
         pieces = [r.take(r.number("i", f"the length of token {i}"), f"token {i}") for i in range(header.n_vocab)]
         tensors: dict[str, Tensor] = {}
@@ -728,6 +732,10 @@ class BlockTile:
         """Those rows, [len(rows), cols] float32."""
         return weights(self.kind, Quants(self.q[..., rows], self.d[:, rows], None if self.m is None else self.m[:, rows]))
 
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (self.q, self.d, self.m) if array is not None)
+
     def inputs(self, x: np.ndarray) -> np.ndarray:
         """x [T, cols] as the methods below want it."""
         blocks = x.reshape(len(x), -1, self.kind.size)
@@ -822,6 +830,10 @@ class DenseTile:
     def take(self, rows: np.ndarray) -> np.ndarray:
         return self.widen(self.w[rows]) * (self.UNIT if self.kind is F16 else f32(1))
 
+    @property
+    def nbytes(self) -> int:
+        return self.w.nbytes
+
     def inputs(self, x: np.ndarray) -> np.ndarray:
         return x * self.UNIT if self.kind is F16 else x
 
@@ -851,6 +863,11 @@ class Matrix:
                 self.rows += tile.rows
         large = self.rows * self.cols >= SMALL
         self.pieces = -(-MIN_JOBS // len(self.tiles)) if large and tensors[0].type.unpack else 1
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in memory."""
+        return sum(tile.nbytes for _, tile in self.tiles)
 
     def read(self, tensors: Sequence[Tensor]) -> None:
         """Fill the matrix from the file."""
@@ -1282,8 +1299,9 @@ def rope_frequencies(head_dim: int, base: float, rotated: int | None = None, fac
 
 def open_ggml(path: str, norm_eps: float, rope_freq_base: float) -> tuple[Hyperparameters, Tokenizer, dict[str, Tensor]]:
     header, pieces, tensors, sizes = read_ggml_parts(path)
-    if sizes["KE"] % header.rot:
-        raise ModelError(f"{path}: tensor 'layers.0.attention.wk.weight' does not have a whole number of heads of {header.rot}")
+    if sizes["KE"] % header.rot or header.n_heads % (sizes["KE"] // header.rot):
+        raise ModelError(f"{path}: tensor 'layers.0.attention.wk.weight' has {sizes['KE']} rows, which are not heads of {header.rot} "
+                         f"that {header.n_heads} query heads could share")
     hyper = Hyperparameters(header.dim, header.n_layers, header.n_heads, sizes["KE"] // header.rot, header.rot, sizes["F"],
                             header.n_vocab, norm_eps, rope_frequencies(header.rot, rope_freq_base))
     return hyper, ggml_tokenizer(pieces), tensors
@@ -1410,12 +1428,13 @@ def candidates(logits: np.ndarray, recent: Sequence[int], temp: float = 0.8, top
     logits [V]: divided by `temp`; those of the `recent` tokens made smaller by `repeat_penalty`; the `top_k` largest kept (0 or less:
     all); softmax; the fewest kept whose probabilities reach `top_p`. At temp 0 the largest logit has probability 1.
     """
-    scores = logits / f32(temp) if temp > 0 else logits.copy()
+    greedy = temp < 1e-6
+    scores = logits.copy() if greedy else logits / f32(temp)
     seen = np.unique(np.asarray(recent, np.int64))
     scores[seen] *= np.where(scores[seen] < 0, f32(repeat_penalty), 1 / f32(repeat_penalty))
     if not np.isfinite(scores).all():
         raise ModelError("the model computed NaN or infinity: its file is damaged")
-    if temp <= 0:
+    if greedy:
         return np.array([scores.argmax()]), np.ones(1)
     k = top_k if 0 < top_k < len(scores) else len(scores)
     kept = np.argpartition(scores, -k)[-k:] if k < len(scores) else np.arange(len(scores))
@@ -1476,7 +1495,7 @@ def generate(model: Model, tokens: Sequence[int], n: int = 128, cache: Cache | N
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# 8. Command line
+# 8. Command line: arguments
 #
 # The flags of the original. stdout gets the text and nothing else; what is said about it goes to stderr.
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1485,8 +1504,10 @@ RANDOM_PROMPTS = ("So", "Once upon a time", "When", "The", "After", "If", "impor
 
 EXAMPLES = """examples:
   python tinyllama.py -m ggml-model-q4_0.bin -p "Simply put, quantum entanglement states that" -n 64
-  python tinyllama.py -m model.gguf -f story.txt --temp 0 -n -1 -c 2048
-  echo "The capital of France is" | python tinyllama.py -f - -n 8 2>/dev/null
+  python tinyllama.py --chat --system "You answer in one short sentence."
+  echo "The capital of France is" | python tinyllama.py -f - -n 8 --temp 0 2>/dev/null
+
+The spellings of 2023, as --top_k and --n_predict, work as well. stdout gets the text, stderr everything else.
 """
 
 
@@ -1494,23 +1515,24 @@ def log(*words: object) -> None:
     print(*words, file=sys.stderr, flush=True)
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """A type for argparse: an int or a float from `low` to `high`, neither infinite nor NaN."""
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """A type for argparse: an int or a float from `low` to `high`."""
     def parse(text: str):
         value = kind(text)
-        if not (low <= value <= high and value < math.inf):
+        if not low <= value <= high:                      # NaN is neither
             raise ValueError
         return value
 
-    parse.__name__ = {int: "whole number", float: "number"}[kind] + f" from {low}" + (f" to {high}" if high < math.inf else "")
+    parse.__name__ = {int: "whole number", float: "number"}[kind] + f" from {low} to {high}"
     return parse
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tinyllama.py", allow_abbrev=False, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="tinyllama.py [-m FILE] [-p TEXT] [options]",
         description="Continue a text with a LLaMA model: a ggml file (as convert.py and quantize.py write it) or a GGUF file.")
-    parser.format_usage = lambda: "usage: tinyllama.py [-m FILE] [-p TEXT] [options]   (-h explains them)\n"
+    whole, size = number(int, -(1 << 30), 1 << 30), number(int, 1, 1 << 30)
 
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", metavar="FILE",
@@ -1519,34 +1541,55 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                        help="threads to compute with (default: all processors, %(default)s)")
     group.add_argument("--norm-eps", metavar="X", type=number(float, 0, 1), default=1e-6,
                        help="epsilon of the norms, for ggml files, which do not say it: 1e-5 for 65B and Llama 2 (default: %(default)s)")
-    group.add_argument("--rope-freq-base", metavar="X", type=number(float, 1), default=10000.0,
+    group.add_argument("--rope-freq-base", metavar="X", type=number(float, 1, 1e12), default=10000.0,
                        help="base of the rotary frequencies, for ggml files (default: %(default)s)")
 
     group = parser.add_argument_group("text")
     group.add_argument("-p", "--prompt", metavar="TEXT", help="text to continue (default: a random word or two)")
     group.add_argument("-f", "--file", metavar="FILE", help="file with text to continue, after that of -p; - is standard input")
-    group.add_argument("-n", "--n-predict", metavar="N", type=number(int, -1), default=128,
+    group.add_argument("-n", "--n-predict", metavar="N", type=number(int, -1, 1 << 30), default=128,
                        help="tokens to generate at most; -1: until the text ends or the context is full (default: %(default)s)")
-    group.add_argument("-c", "--ctx-size", metavar="N", type=number(int, 1, 1 << 30), default=512,
+    group.add_argument("-c", "--ctx-size", metavar="N", type=size, default=512,
                        help="tokens that the prompt and the generated text may have together (default: %(default)s)")
-    group.add_argument("-b", "--batch-size", metavar="N", type=number(int, 1), default=512,
+    group.add_argument("-b", "--batch-size", metavar="N", type=size, default=512,
                        help="tokens of the prompt that are read at a time (default: %(default)s)")
     group.add_argument("--verbose-prompt", action="store_true", help="print the tokens of the prompt")
 
     group = parser.add_argument_group("choice of the next token")
-    group.add_argument("-s", "--seed", metavar="N", type=number(int, -1), default=-1, help="seed of the random numbers; -1: the time")
-    group.add_argument("--temp", metavar="X", type=number(float, 0), default=0.8,
+    group.add_argument("-s", "--seed", metavar="N", type=number(int, -1, (1 << 63) - 1), default=-1,
+                       help="seed of the random numbers; -1: the time (default: %(default)s)")
+    group.add_argument("--temp", metavar="X", type=number(float, 0, 1e6), default=0.8,
                        help="temperature: 0 always takes the likeliest token, 1 draws as the model says (default: %(default)s)")
-    group.add_argument("--top-k", metavar="N", type=number(int, -(1 << 31)), default=40,
-                       help="draw from the N likeliest tokens; 0: from all (default: %(default)s)")
+    group.add_argument("--top-k", metavar="N", type=whole, default=40,
+                       help="draw from the N likeliest tokens; 0 or less: from all (default: %(default)s)")
     group.add_argument("--top-p", metavar="X", type=number(float, 0, 1), default=0.95,
                        help="draw from the fewest tokens that have this probability together (default: %(default)s)")
-    group.add_argument("--repeat-penalty", metavar="X", type=number(float, 1e-3), default=1.1,
+    group.add_argument("--repeat-penalty", metavar="X", type=number(float, 1e-3, 1e3), default=1.1,
                        help="make tokens less likely that were there lately; 1: do not (default: %(default)s)")
-    group.add_argument("--repeat-last-n", metavar="N", type=number(int, 0), default=64,
+    group.add_argument("--repeat-last-n", metavar="N", type=number(int, 0, 1 << 30), default=64,
                        help="how many tokens count as lately (default: %(default)s)")
+
+    group = parser.add_argument_group("conversation")
+    group.add_argument("-i", "--interactive", action="store_true",
+                       help="take turns: Ctrl-C interrupts the model, an empty line lets it go on, a line that ends in \\ goes on in the next, "
+                            "Ctrl-D or a second Ctrl-C ends")
+    group.add_argument("--interactive-start", action="store_true", help="interactive, and you begin")
+    group.add_argument("-r", "--reverse-prompt", metavar="TEXT", action="append", default=[],
+                       help="give the turn to you when the model writes TEXT; may be repeated; implies -i")
+    group.add_argument("--chat", action="store_true", help="talk with an instruction-tuned model, in the format that it was trained on")
+    group.add_argument("--system", metavar="TEXT", help="what the model is told before a chat")
+    group.add_argument("--keep", metavar="N", type=number(int, 0, 1 << 30), default=0,
+                       help="tokens of the beginning to keep when a conversation outgrows the context (default: %(default)s)")
+    group.add_argument("--color", action="store_true", help="the prompt yellow, what you type green, on a terminal only")
+
+    group = parser.add_argument_group("instead of a text")
+    group = group.add_mutually_exclusive_group()
+    group.add_argument("--perplexity", action="store_true", help="measure how well the model predicts the text of -f or -p")
+    group.add_argument("--explain", action="store_true", help="show how the next token of a prompt comes about, step by step")
+    group.add_argument("--bench", action="store_true", help="measure the speed, beside what this machine's BLAS can do")
+
     argv = sys.argv[1:] if argv is None else argv
-    return parser.parse_args([re.sub("^--[a-z_]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv])
+    return parser.parse_args([re.sub("^--[a-z_]+(?==|$)", lambda flag: flag[0].replace("_", "-"), word) for word in argv])
 
 
 def default_model() -> str:
@@ -1562,15 +1605,27 @@ def default_model() -> str:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
+    """The text of -p and -f; where there is neither, "" for a conversation and else one of RANDOM_PROMPTS."""
     if args.file is None:
-        return RANDOM_PROMPTS[args.seed % len(RANDOM_PROMPTS)] if args.prompt is None else args.prompt
+        begin = "" if conversational(args) else RANDOM_PROMPTS[args.seed % len(RANDOM_PROMPTS)]
+        return begin if args.prompt is None else args.prompt
     try:
+        if args.file == "-" and sys.stdin is None:
+            raise ModelError("-f -: there is no standard input")
         with (contextlib.nullcontext(sys.stdin.buffer) if args.file == "-" else open(args.file, "rb")) as f:
             text = f.read().decode("utf-8", "replace")
     except OSError as error:
         raise ModelError(f"{args.file}: {error.strerror}") from None
     return (args.prompt or "") + text.removesuffix("\n").removesuffix("\r")
 
+
+def conversational(args: argparse.Namespace) -> bool:
+    return bool(args.interactive or args.interactive_start or args.reverse_prompt or args.chat)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 9. Command line: a text or a conversation
+# ---------------------------------------------------------------------------------------------------------------------------
 
 class Progress:
     """A line on stderr that is written over and over, on a terminal only."""
@@ -1585,25 +1640,53 @@ class Progress:
             print(f"\r{self.what} {percent} %" if percent < 100 else "\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-class Printer:
-    """Writes tokens to stdout as soon as their bytes make whole characters."""
+class Screen:
+    """Writes text to stdout: tokens as soon as their bytes make whole characters, and colours on a terminal."""
+    COLORS = {"plain": "\x1b[0m", "prompt": "\x1b[33m", "user": "\x1b[1m\x1b[32m"}
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, tokenizer: Tokenizer, color: bool):
+        self.tokenizer, self.color = tokenizer, color and sys.stdout.isatty()
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def __call__(self, *tokens: int) -> None:
-        sys.stdout.write(self.decoder.decode(self.tokenizer.decode(tokens)))
+    def write(self, text: str, color: str = "plain") -> None:
+        sys.stdout.write(self.COLORS[color] + text + self.COLORS["plain"] if self.color and color != "plain" and text else text)
         sys.stdout.flush()
 
-    def end(self) -> None:
-        sys.stdout.write(self.decoder.decode(b"", final=True) + "\n")
-        sys.stdout.flush()
+    def token(self, token: int) -> str:
+        """Write a token; return the characters that it completed."""
+        text = self.decoder.decode(self.tokenizer.decode([token]))
+        self.write(text)
+        return text
+
+    def flush(self) -> str:
+        """Write what is left of a character that never became whole."""
+        text = self.decoder.decode(b"", final=True)
+        self.decoder.reset()
+        self.write(text)
+        return text
+
+    def ask(self) -> str | None:
+        """Lines that the user types, up to one that does not end in a backslash; None at the end of the input."""
+        lines = []
+        if self.color:
+            self.write("\x1b[1m\x1b[32m")
+        try:
+            while True:
+                lines.append(input("> " if sys.stdin.isatty() and sys.stdout.isatty() else ""))
+                if not lines[-1].endswith("\\"):
+                    return "\n".join(lines)
+                lines[-1] = lines[-1][:-1]
+        except EOFError:
+            return "\n".join(lines) if lines else None
+        finally:
+            if self.color:
+                self.write(self.COLORS["plain"])
 
 
 def log_timings(load_time: float, total_time: float, t: Timings) -> None:
-    def line(name: str, seconds: float, n: int | None = None, unit: str = "token") -> None:
-        rate = f" / {1000 * seconds / n:8.2f} ms per {unit}, {n / seconds:8.2f} {unit}s per second ({n} {unit}s)" if n and seconds else ""
-        log(f"{name:>14} time = {1000 * seconds:9.2f} ms{rate}")
+    def line(name: str, seconds: float, n: int | None = None) -> None:
+        rate = f" / {1000 * seconds / n:8.2f} ms per token, {n / seconds:8.2f} tokens per second ({n} tokens)" if n and seconds else ""
+        log(f"{name:>10} time = {1000 * seconds:9.2f} ms{rate}")
 
     log()
     line("load", load_time)
@@ -1613,8 +1696,338 @@ def log_timings(load_time: float, total_time: float, t: Timings) -> None:
     line("total", total_time)
 
 
+class Template(NamedTuple):
+    """The format in which a family of models was trained to talk; names of control tokens in it become those tokens."""
+    tokens: tuple[str, ...]         # the vocabulary must have these
+    system: str
+    user: str                       # what the user says, and what begins the answer
+    end: str                        # after the answer
+    opening: str = ""               # before a conversation
+    system_inside: bool = False     # the first thing that the user says begins with the system text
+
+
+TEMPLATES = {
+    "ChatML": Template(("<|im_start|>", "<|im_end|>"), "<|im_start|>system\n{}<|im_end|>\n",
+                       "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"),
+    "Llama 3": Template(("<|start_header_id|>", "<|eot_id|>"), "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+                        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+                        "<|eot_id|>", opening="<|begin_of_text|>"),
+    "Llama 2": Template(("<s>", "</s>"), "<<SYS>>\n{}\n<</SYS>>\n\n", "<s>[INST] {} [/INST]", "</s>", system_inside=True),
+}
+PLAIN = Template((), "", "{}\n", "")                      # interactive mode: what the user types, and nothing else
+
+
+def encode_template(tokenizer: Tokenizer, template: str, text: str) -> list[int]:
+    """The tokens of a template with `text` in it: control tokens come from the template alone, never from the text."""
+    names = "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True))) or "(?!)"
+    tokens = []
+    for part in re.split(f"({names})", template):
+        tokens += [tokenizer.special[part]] if part in tokenizer.special else tokenizer.encode(part.replace("{}", text))
+    return tokens
+
+
+class Conversation:
+    """A text that the model and, in a conversation, the user write in turns, and the part of it that the context still holds."""
+
+    def __init__(self, args: argparse.Namespace, model: Model, screen: Screen, timings: Timings):
+        self.args, self.model, self.screen, self.keep = args, model, screen, args.keep
+        self.tokens: list[int] = []                       # in the context; those from cache.length on are still to be read
+        self.cache, self.timings = Cache(model, args.ctx_size), timings
+        self.rng = np.random.default_rng(args.seed)
+
+    def make_room(self) -> None:
+        """When the context is full, go on with the first `keep` tokens and the later half of the others."""
+        n_ctx, n = self.args.ctx_size, len(self.tokens)
+        if n < n_ctx:
+            return
+        keep = min(self.keep, n_ctx // 2)
+        self.tokens = self.tokens[:keep] + self.tokens[n - (n_ctx - keep) // 2:]
+        self.cache = Cache(self.model, n_ctx)
+        log(f"\n[the context of {n_ctx} tokens (-c) is full: the oldest {n - len(self.tokens)} after the first {keep} are forgotten]")
+
+    def speak(self, stops: Sequence[str] = ()) -> bool:
+        """Generate and write up to n_predict tokens, until one of `stops` or the end of the text; whether that ended it."""
+        args, left, tail = self.args, self.args.n_predict, ""
+        ends = self.model.tokenizer.ends
+        while left != 0:
+            self.cache.length = min(self.cache.length, len(self.tokens) - 1)          # there must be one to go on from
+            unread = self.tokens[self.cache.length:]
+            for token in generate(self.model, unread, left, self.cache, self.rng, args.batch_size, args.repeat_last_n,
+                                  self.tokens[:self.cache.length], self.timings, temp=args.temp, top_k=args.top_k,
+                                  top_p=args.top_p, repeat_penalty=args.repeat_penalty):
+                self.tokens.append(token)
+                left -= 1
+                if token in ends:
+                    tail += self.screen.flush()
+                    return True
+                tail += self.screen.token(token)
+                if any(stop in tail for stop in stops):
+                    return False
+                tail = tail[-max(map(len, stops), default=0):] if stops else ""
+            if left == 0 or not conversational(args):
+                break
+            self.make_room()
+        self.screen.flush()
+        return False
+
+
+def complete(args: argparse.Namespace, model: Model, screen: Screen, prompt: str, timings: Timings) -> None:
+    """Continue a text."""
+    talk = Conversation(args, model, screen, timings)
+    talk.tokens = prompt_tokens(args, model, prompt)
+    room = args.ctx_size - len(talk.tokens)
+    if args.n_predict > room:
+        log(f"-n {args.n_predict} is cut to {room}: the prompt has {len(talk.tokens)} tokens, the context {args.ctx_size} (-c)\n")
+    screen.write(prompt, "prompt")
+    try:
+        if talk.speak():
+            log("\n[end of text]")
+    finally:
+        screen.flush()
+        screen.write("\n")
+
+
+def converse(args: argparse.Namespace, model: Model, screen: Screen, prompt: str, timings: Timings) -> None:
+    """Take turns with the user: after a template for --chat, else as plain text."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (input() then has line editing and a history)
+    tokenizer, template = model.tokenizer, PLAIN
+    if args.chat:
+        name = next((name for name, t in TEMPLATES.items() if all(token in tokenizer.special for token in t.tokens)), None)
+        if name is None:
+            raise ModelError("--chat: the vocabulary has none of the tokens of a known chat format "
+                             f"({', '.join(TEMPLATES)}): is it an instruction-tuned model? -i works with any")
+        template = TEMPLATES[name]
+        log(f"chat format: {name}")
+    log("Ctrl-C interrupts the model, Ctrl-D ends, a line that ends in \\ goes on in the next\n")
+
+    talk, system = Conversation(args, model, screen, timings), ""
+    if not args.chat:
+        talk.tokens = prompt_tokens(args, model, prompt) if prompt else tokenizer.encode("", bos=True)
+        screen.write(prompt, "prompt")
+    else:
+        talk.tokens = encode_template(tokenizer, template.opening, "")
+        if args.system:
+            system = template.system.replace("{}", args.system) if template.system_inside else ""
+            talk.tokens += [] if template.system_inside else encode_template(tokenizer, template.system, args.system)
+        talk.keep = max(talk.keep, len(talk.tokens))
+        if talk.keep > args.ctx_size // 4:
+            raise ModelError(f"--system: {talk.keep} tokens are too many for a context of {args.ctx_size} (-c)")
+    first = prompt if args.chat else None                 # --chat -p TEXT: the first thing that the user says
+    users_turn = args.chat or args.interactive_start or not talk.tokens[1:]
+
+    try:
+        while True:
+            if users_turn:
+                line = first or screen.ask()
+                first = None
+                if line is None:
+                    return
+                if line or args.chat:
+                    said = encode_template(tokenizer, template.user, system + line)
+                    system = ""
+                    if len(said) >= args.ctx_size // 4:
+                        log(f"[that has {len(said)} tokens, too many for a context of {args.ctx_size} (-c): say less]")
+                        continue
+                    talk.tokens += said
+            users_turn = True
+            if not talk.tokens:
+                continue
+            talk.make_room()
+            ended = False
+            try:
+                ended = talk.speak(args.reverse_prompt)
+            except KeyboardInterrupt:
+                screen.flush()
+            if args.chat:                                 # the end belongs to the format, also of an answer that was cut short
+                end = encode_template(tokenizer, template.end, "")
+                talk.tokens += end[1:] if ended else end
+            screen.write("\n")
+    finally:
+        screen.write("\n" if sys.stdin and sys.stdin.isatty() else "")
+
+
+def prompt_tokens(args: argparse.Namespace, model: Model, prompt: str) -> list[int]:
+    tokens = model.tokenizer.encode(prompt, bos=True)
+    if len(tokens) > args.ctx_size:
+        raise ModelError(f"the prompt has {len(tokens)} tokens, but the context has room for {args.ctx_size}: "
+                         f"shorten it, or enlarge the context with -c {len(tokens) + 128}")
+    if not tokens:
+        raise ModelError("the prompt is empty, and this model has no token that begins a text: give a prompt with -p")
+    log(f"prompt: {len(tokens)} tokens")
+    if args.verbose_prompt:
+        for token in tokens:
+            log(f"{token:6d} -> {model.tokenizer.decode([token]).decode('utf-8', 'replace')!r}")
+    log(f"sampling: temp = {args.temp}, top_k = {args.top_k}, top_p = {args.top_p}, repeat_last_n = {args.repeat_last_n}, "
+        f"repeat_penalty = {args.repeat_penalty}\n")
+    return tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# 10. Command line: perplexity, the lesson, the benchmark
+# ---------------------------------------------------------------------------------------------------------------------------
+
+def perplexity(args: argparse.Namespace, model: Model, text: str) -> None:
+    """exp of the mean surprise, in nats, at each token of a text: how many tokens the model wavers between, so to speak.
+
+    As llama.cpp measures it: windows of the context size that do not overlap, the later half of each counts, so that there is always
+    something to predict from. Prints the running value after each window, and at the end its standard error.
+    """
+    n_ctx, bos = args.ctx_size, model.tokenizer.encode("", bos=True)
+    tokens = model.tokenizer.encode(text)
+    step = n_ctx - len(bos)                               # each window begins as a text begins
+    windows = [bos + tokens[i:i + step] for i in range(0, len(tokens) - step + 1, step)]
+    if not windows or n_ctx < 4:
+        raise ModelError(f"--perplexity needs a text of at least the context's size: it has {len(tokens)} tokens, the context {n_ctx} (-c)")
+    log(f"perplexity of {len(windows)} windows of {n_ctx} tokens\n")
+    surprises = np.empty(0)
+    for i, window in enumerate(windows):
+        cache, first = Cache(model, n_ctx), n_ctx // 2
+        logits = np.concatenate([forward(model, window[a:a + args.batch_size], cache, last=False)[max(0, first - a):]
+                                 for a in range(0, n_ctx, args.batch_size)])[:-1].astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        surprise = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), window[first + 1:]]
+        surprises = np.append(surprises, surprise)
+        print(f"[{i + 1}]{math.exp(surprises.mean()):.4f}", end=",", flush=True)
+    value, error = math.exp(surprises.mean()), surprises.std(ddof=1) / math.sqrt(len(surprises))
+    print(f"\nFinal estimate: PPL = {value:.4f} +/- {value * error:.5f}")
+
+
+STEPS = {                           # what `watched` notes: functions of this module, and matrices by their names in a layer
+    "rms_norm": "x / sqrt(mean(x^2) + eps) * weight", "rope": "turn each pair by position * frequency",
+    "attention": "wo(softmax(q k^T / sqrt(E)) v)", "feed_forward": "w2(silu(w1 x) * w3 x)",
+    "wqkv": "q, k, v: x W^T", "wo": "x W^T", "w13": "w1 x and w3 x: x W^T", "w2": "x W^T", "output": "logits: x W^T",
+}
+
+
+class Step(NamedTuple):
+    name: str
+    depth: int
+    shapes: str
+    seconds: float
+    nbytes: int                     # of weights that were read
+
+
+@contextlib.contextmanager
+def watched(model: Model) -> Iterator[list[Step]]:
+    """While this lasts, the functions in STEPS and all matrices note each of their calls in the list."""
+    steps: list[Step] = []
+    depth = 0
+    matrices = {id(m): name for layer in model.layers for name, m in layer._asdict().items()} | {id(model.output): "output"}
+
+    def noting(function: Callable) -> Callable:
+        def call(*inputs):
+            nonlocal depth
+            matrix = inputs[0] if isinstance(inputs[0], Matrix) else None
+            at, start = len(steps), time.perf_counter()
+            depth += 1
+            result = function(*inputs)
+            depth -= 1
+            steps.insert(at, Step(matrices[id(matrix)] if matrix else function.__name__, depth,
+                                  f"{list(inputs[1 if matrix else 0].shape)} -> {list(result.shape)}",
+                                  time.perf_counter() - start, matrix.nbytes if matrix else 0))
+            return result
+        return call
+
+    with (mock.patch.multiple(sys.modules[__name__], rms_norm=noting(rms_norm), rope=noting(rope), attention=noting(attention),
+                              feed_forward=noting(feed_forward)),
+          mock.patch.object(Matrix, "__call__", noting(Matrix.__call__))):
+        yield steps
+
+
+def explain(args: argparse.Namespace, model: Model, prompt: str) -> None:
+    """The lesson: how a prompt becomes tokens, what one pass through the model does, and how the next token is chosen."""
+    tokens, h = prompt_tokens(args, model, prompt), model.hyper
+
+    def show(token: int) -> str:
+        names = {i: name for name, i in model.tokenizer.special.items()}
+        return names.get(token) or repr(model.tokenizer.decode([token]).decode("utf-8", "replace"))
+
+    print(f"1. The text becomes {len(tokens)} tokens\n\n   {prompt!r}\n")
+    for i in range(0, min(len(tokens), 24), 6):
+        print("   " + "   ".join(f"{token} {show(token)}" for token in tokens[i:i + 6]))
+    print("   ..." * (len(tokens) > 24))
+
+    cache = Cache(model, args.ctx_size)
+    forward(model, tokens, cache)                         # once before, so that no time goes into first uses of memory
+    cache = Cache(model, args.ctx_size)
+    with watched(model) as steps:
+        start = time.perf_counter()
+        logits = forward(model, tokens, cache)
+        total = time.perf_counter() - start
+    layers = [i for i, step in enumerate(steps) if step.name == "rms_norm"]
+    first, after = layers[0], layers[2]                   # two norms a layer
+    print(f"2. They go through the model together: {h.n_layers} layers, then the output\n\n"
+          f"   {'step':16} {'formula':38} {'shape of its input and output':30} {'weights':>10} {'time':>11}\n")
+    for step in [*steps[first:after], *steps[layers[-1]:]]:
+        if step is steps[layers[-1]]:
+            seconds = sum(s.seconds for s in steps[:layers[-1]] if not s.depth)
+            nbytes = sum(s.nbytes for s in steps[:layers[-1]])
+            print(f"   {'':16} {f'... all {h.n_layers} layers together':38} {'':30} {nbytes / 1e6:7.2f} MB {1000 * seconds:8.2f} ms\n")
+        size = f"{step.nbytes / 1e6:7.2f} MB" if step.nbytes else ""
+        print(f"   {'  ' * step.depth + step.name:16} {STEPS[step.name]:38} {step.shapes:30} {size:>10} {1000 * step.seconds:8.2f} ms")
+    kv = 2 * h.n_kv_heads * h.head_dim * h.n_layers * 4
+    print(f"\n   In all {1000 * total:.2f} ms, {1000 * total / len(tokens):.2f} ms a token; the KV cache keeps {kv / 1e3:.1f} KB a token.\n")
+
+    print("3. One of them comes next\n\n   The model's own probabilities, then those after temperature "
+          f"{args.temp} and repeat penalty {args.repeat_penalty}, and then after top-k {args.top_k} and top-p {args.top_p}:\n")
+    recent = tokens[len(tokens) - args.repeat_last_n:] if args.repeat_last_n < len(tokens) else tokens
+    stages = [dict(zip(*candidates(logits, *given))) for given in (
+        ((), 1.0, 0, 1.0, 1.0), (recent, args.temp, 0, 1.0, args.repeat_penalty),
+        (recent, args.temp, args.top_k, args.top_p, args.repeat_penalty))]
+    for token in list(stages[0])[:10]:
+        p = [stage.get(token, 0.0) for stage in stages]
+        print(f"   {token:6d} {show(token):16} {p[0]:6.1%} {p[1]:6.1%} {p[2]:6.1%} {'#' * round(40 * p[2])}{'cut off' * (not p[2])}")
+    chosen = sample(logits, recent, np.random.default_rng(args.seed), args.temp, args.top_k, args.top_p, args.repeat_penalty)
+    print(f"\n   {len(stages[2])} tokens are left to draw from. With seed {args.seed} it is {chosen} {show(chosen)}.")
+
+
+def bench(args: argparse.Namespace, model: Model, path: str, runs: int = 5) -> None:
+    """Print a table of speeds: reading 512 tokens and generating 64, medians of several runs, beside the bounds of this machine."""
+    def median_time(function: Callable[[], object], n: int) -> float:
+        function()
+        times = []
+        for _ in range(n):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return float(np.median(times))
+
+    n = args.threads
+    a, b, c = np.ones((512, 4096), f32), np.ones((n, 1024, 4096), f32), np.empty((n, 512, 1024), f32)
+    gemm = median_time(lambda: model.threads.run([lambda i=i: np.matmul(a, b[i].T, out=c[i]) for i in range(n)]), runs)
+    gemm = n * 512 * 4096 * 1024 / gemm                   # multiply-adds per second
+    w = np.ones((n, 8192, 8192), f32)                     # 256 MB a thread: from memory, not from a cache
+    matvec = median_time(lambda: model.threads.run([lambda i=i: w[i].dot(w[i, 0]) for i in range(n)]), runs)
+    matvec = w.size / matvec
+    del w
+
+    matrices = [m for layer in model.layers for m in (layer.wqkv, layer.wo, layer.w13, layer.w2)]
+    per_token = sum(m.rows * m.cols for m in matrices)
+    parameters = per_token + sum(m.rows * m.cols for m in {id(m): m for m in (model.output, model.tok_embeddings)}.values())
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, model.hyper.n_vocab, 512).tolist()
+    pp = 512 / median_time(lambda: forward(model, prompt, Cache(model, 512)), runs)
+    cache = Cache(model, 128)
+    forward(model, prompt[:8], cache)
+    times = []
+    for token in prompt[:64]:
+        start = time.perf_counter()
+        forward(model, [token], cache)
+        times.append(time.perf_counter() - start)
+    tg = 1 / float(np.median(times))
+
+    head = (f"| {os.path.basename(path)} | {sum(m.nbytes for m in {id(m): m for m in [*matrices, model.output, model.tok_embeddings]}.values()) / 2**30:.2f} GiB "
+            f"| {parameters / 1e9:.2f} B | {n} |")
+    generated = per_token + model.output.rows * model.output.cols
+    print("| model | size | parameters | threads | test | tokens/s | bound of this machine | reached |\n"
+          "|---|---|---|---|---|---|---|---|\n"
+          f"{head} pp512 | {pp:.2f} | {gemm / per_token:.2f} (float32 GEMM, {2 * gemm / 1e9:.0f} GFLOP/s) | {pp * per_token / gemm:.2f} |\n"
+          f"{head} tg64 | {tg:.2f} | {matvec / generated:.2f} (float32 matvec, {matvec / 1e9:.2f} Gweights/s) | {tg * generated / matvec:.2f} |")
+
+
 def run(args: argparse.Namespace) -> None:
-    """Continue a text, as the command line says."""
+    """Do what the command line says."""
     start = time.perf_counter()
     args.seed = int(time.time()) if args.seed < 0 else args.seed
     prompt = read_prompt(args)
@@ -1628,36 +2041,16 @@ def run(args: argparse.Namespace) -> None:
     h = model.hyper
     log(f"model = {path}\nn_vocab = {h.n_vocab}, dim = {h.dim}, n_layers = {h.n_layers}, n_heads = {h.n_heads}, "
         f"n_kv_heads = {h.n_kv_heads}, ffn_dim = {h.ffn_dim}, norm_eps = {h.norm_eps:g}, n_ctx = {args.ctx_size}, threads = {args.threads}")
-
-    tokens = model.tokenizer.encode(prompt, bos=True)
-    if len(tokens) > args.ctx_size:
-        raise ModelError(f"the prompt has {len(tokens)} tokens, but the context has room for {args.ctx_size}: "
-                         f"shorten it, or enlarge the context with -c {len(tokens) + 128}")
-    if not tokens:
-        raise ModelError("the prompt is empty, and this model has no token that begins a text: give a prompt with -p")
-    room = args.ctx_size - len(tokens)
-    if args.n_predict > room:
-        log(f"-n {args.n_predict} is cut to {room}: the prompt has {len(tokens)} tokens, the context {args.ctx_size} (-c)")
-    log(f"prompt: {len(tokens)} tokens")
-    if args.verbose_prompt:
-        for token in tokens:
-            log(f"{token:6d} -> {model.tokenizer.decode([token]).decode('utf-8', 'replace')!r}")
-    log(f"sampling: temp = {args.temp}, top_k = {args.top_k}, top_p = {args.top_p}, repeat_last_n = {args.repeat_last_n}, "
-        f"repeat_penalty = {args.repeat_penalty}\n")
-
-    sys.stdout.write(prompt)
-    sys.stdout.flush()
-    printer, timings, token = Printer(model.tokenizer), Timings(), None
+    if args.perplexity:
+        return perplexity(args, model, prompt)
+    if args.explain:
+        return explain(args, model, prompt)
+    if args.bench:
+        return bench(args, model, path)
+    screen, timings = Screen(model.tokenizer, args.color), Timings()
     try:
-        for token in generate(model, tokens, args.n_predict, Cache(model, args.ctx_size), np.random.default_rng(args.seed),
-                              args.batch_size, args.repeat_last_n, timings=timings, temp=args.temp, top_k=args.top_k,
-                              top_p=args.top_p, repeat_penalty=args.repeat_penalty):
-            if token not in model.tokenizer.ends:
-                printer(token)
+        (converse if conversational(args) else complete)(args, model, screen, prompt, timings)
     finally:
-        printer.end()
-        if token in model.tokenizer.ends:
-            log("[end of text]")
         log_timings(load_time, time.perf_counter() - start, timings)
 
 
@@ -1677,6 +2070,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:                               # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        log(f"error: {error}")
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
