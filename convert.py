@@ -25,8 +25,8 @@ import warnings
 import zipfile
 from typing import TYPE_CHECKING, Iterator
 
-from tinyllama import (BF16, F16, F32, GGML_EOS, GGML_TYPES, UNKNOWN_PIECE, Header, ModelError, check_tensors, log, part_paths,
-                       replacing, write_ggml_header, write_ggml_tensor_header)
+from tinyllama import (BF16, F16, F32, GGML_EOS, GGML_TYPES, UNKNOWN_PIECE, Header, ModelError, check_tensors, exit_code, log,
+                       part_paths, replacing, write_ggml_header, write_ggml_tensor_header)
 
 if TYPE_CHECKING:                                         # importing torch takes two seconds, too long for --help
     import torch
@@ -223,7 +223,7 @@ def write_part(source: str, out: str, header: Header, pieces: list[bytes], tenso
                 new = old.half() if kind is F16 else old.float()              # rounds to nearest, halves to even
                 if not new.abs().max() < math.inf:                            # nor is a NaN
                     not_finite += int((~old.isfinite()).sum())
-                    too_large += int((old.isfinite() & ~new.isfinite()).sum())
+                    too_large += int((~new.isfinite()).sum())
                 f.write(new.contiguous().numpy().data)
             if not_finite:
                 raise ModelError(f"{source}: tensor '{name}' has {not_finite} values that are NaN or infinite: damaged")
@@ -286,7 +286,7 @@ then make it small, and run it:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 after an error (one line on stderr says which), 130 after Ctrl-C. Wrong usage exits with 2."""
+    """Returns the exit code: 0, 1 after an error (one line on stderr), 130 after Ctrl-C. argparse exits with 2 for wrong usage."""
     parser = argparse.ArgumentParser(prog="convert.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", metavar="DIR", help="folder with params.json and consolidated.00.pth, .01, ...")
@@ -296,24 +296,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", metavar="DIR", help="folder to write to (default: DIR)")
     parser.add_argument("--force", action="store_true", help="convert again what is there already; otherwise it is kept")
     args = parser.parse_args(argv)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")               # those of torch are not for users
-            convert(args.dir, args.ftype, args.tokenizer, args.out, args.force)
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:                               # nobody reads our lines any more; Python would flush once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except ImportError as error:
-        reason = f"{error} (pip install -r requirements.txt)"
-    except OSError as error:                              # a full disk names no file
-        reason = f"{error.filename or args.out or args.dir}: {error.strerror or error}"
-    except (ModelError, MemoryError) as error:
-        reason = str(error) or "out of memory"
-    log(f"error: {reason}")
-    return 1
+    warnings.simplefilter("ignore")                       # those of torch are not for users
+    return exit_code(lambda: convert(args.dir, args.ftype, args.tokenizer, args.out, args.force))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import BinaryIO, Callable, Iterable, Iterator, Sequence
 
-from tinyllama import (F32, GGML_TYPES, Q4_0, Q4_1, Header, ModelError, Tensor, Type, check_tensors, f32, log, number, part_paths,
-                       read_ggml, read_ggml_parts, read_rows, read_vector, replacing, write_ggml_header, write_ggml_tensor_header)
+from tinyllama import (F32, GGML_TYPES, Q4_0, Q4_1, Header, ModelError, Tensor, Type, check_tensors, exit_code, f32, number,
+                       part_paths, read_ggml, read_ggml_parts, read_rows, read_vector, replacing, write_ggml_header,
+                       write_ggml_tensor_header)
 import numpy as np                                        # after tinyllama, which sets it up
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def quantize_file(source: Source, f: BinaryIO, ftype: int, pool: Executor, ahead
     total, total_old, total_new = np.zeros(16, np.int64), 0, 0
     for t in tensors.values():
         kind = GGML_TYPES[ftype] if becomes_blocks(t) else t.type
-        old, new = (t._replace(type=as_type).nbytes for as_type in (F32, kind))       # the report takes every file for an f32 one
+        old, new = t._replace(type=F32).nbytes, t._replace(type=kind).nbytes          # old: as if the file were f32, always
         print("%48s - [%5d, %5d], type = %6s " % (t.name, *(*reversed(t.shape), 1)[:2], t.type.name), end="", flush=True)
         write_ggml_tensor_header(f, t.name, kind, t.shape)
         if becomes_blocks(t):
@@ -263,27 +264,19 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line says."""
+    files = [tuple(args.paths)] if len(args.paths) == 2 else folder_files(*args.paths, args.ftype)
+    quantize_files(files, args.ftype, args.threads)
+    if args.remove_f16:
+        for path, _ in files:
+            os.remove(path)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 after an error (one line on stderr says which), 130 after Ctrl-C. Wrong usage exits with 2."""
+    """Run the command line: 0, 1 after an error (one line on stderr), 130 after Ctrl-C; argparse exits with 2 for wrong usage."""
     args = arguments(argv)
-    try:
-        files = [tuple(args.paths)] if len(args.paths) == 2 else folder_files(*args.paths, args.ftype)
-        quantize_files(files, args.ftype, args.threads)
-        if args.remove_f16:
-            for source, _ in files:
-                os.remove(source)
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:                               # nobody reads the report any more; exiting flushes stdout again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:                              # a full disk names no file
-        reason = f"{error.filename or args.paths[-1]}: {error.strerror or error}"
-    except (ModelError, MemoryError, RuntimeError) as error:                          # RuntimeError: no room for another thread
-        reason = str(error) or "out of memory"
-    log(f"error: {reason}")
-    return 1
+    return exit_code(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ import itertools
 import math
 import queue
 import re
+import signal
 import struct
 import threading
 import time
@@ -600,9 +601,11 @@ def replacing(path: str) -> Iterator[BinaryIO]:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = path                         # a full disk does not say which file did not fit
         raise
 
 
@@ -635,7 +638,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 TILE_ROWS = 5500            # about the rows for which a block's float32 numbers still fit in a 2 MB cache
 MANY_TOKENS = 5             # from here on it pays to make float32 weights
 GEMM_ROWS = 768             # rows of float32 weights made at a time for many tokens
-MIN_JOBS = 8                # a large matrix makes at least this many jobs
+MIN_JOBS = 8                # a large matrix makes about this many jobs
 SMALL = 1 << 21             # multiplications that are done before another thread would have started
 
 
@@ -861,8 +864,8 @@ class Matrix:
                 tile = (BlockTile if kind.unpack else DenseTile)(kind, min(height, rows - a), self.cols)
                 self.tiles.append((self.rows, tile))
                 self.rows += tile.rows
-        large = self.rows * self.cols >= SMALL
-        self.pieces = -(-MIN_JOBS // len(self.tiles)) if large and tensors[0].type.unpack else 1
+        jobs = min(MIN_JOBS, self.rows * self.cols * 2 // SMALL)           # a piece is worth starting a thread for
+        self.pieces = min(max(1, jobs // len(self.tiles)), self.cols // 32) if tensors[0].type.unpack else 1
 
     @property
     def nbytes(self) -> int:
@@ -1383,7 +1386,7 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6, rope_fre
     is_gguf = read_magic(path) == GGUF_MAGIC
     hyper, tokenizer, tensors = open_gguf(path) if is_gguf else open_ggml(path, norm_eps, rope_freq_base)
     pool = Threads(threads or os.cpu_count() or 1)
-    jobs, done, total = [], 0, sum(t.nbytes for t in tensors.values())
+    jobs, done, lock, total = [], 0, threading.Lock(), sum(t.nbytes for t in tensors.values() if len(t.shape) == 2)
 
     def matrix(*names: str) -> Matrix:
         parts = [tensors[name] for name in names]
@@ -1392,8 +1395,9 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6, rope_fre
         def job() -> None:
             nonlocal done
             result.read(parts)
-            done += sum(t.nbytes for t in parts)
-            progress(done / total)
+            with lock:
+                done += sum(t.nbytes for t in parts)
+                progress(done / total)
 
         jobs.append(job)
         return result
@@ -1437,8 +1441,8 @@ def candidates(logits: np.ndarray, recent: Sequence[int], temp: float = 0.8, top
     if greedy:
         return np.array([scores.argmax()]), np.ones(1)
     k = top_k if 0 < top_k < len(scores) else len(scores)
-    kept = np.argpartition(scores, -k)[-k:] if k < len(scores) else np.arange(len(scores))
-    kept = kept[np.lexsort((kept, -scores[kept]))]        # the smaller token first where two are equal
+    kept = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
+    kept = kept[np.argsort(-scores[kept], kind="stable")][:k]        # the smaller token first where two are equal
     p = softmax(scores[kept].astype(np.float64))
     n = int(np.searchsorted(np.cumsum(p), top_p)) + 1
     return kept[:n], p[:n] / p[:n].sum()
@@ -1513,6 +1517,33 @@ The spellings of 2023, as --top_k and --n_predict, work as well. stdout gets the
 
 def log(*words: object) -> None:
     print(*words, file=sys.stderr, flush=True)
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Run a script's work: 0, or 1 after an error, which becomes one line on stderr, or 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")          # a terminal that lacks some character gets '?'
+    with contextlib.suppress(ValueError):                 # not in a thread
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))          # so that `finally` has its say
+    try:
+        command()
+        return 0
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:                               # `| head` has seen enough; Python would flush once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ImportError as error:
+        reason = f"{error} (pip install -r requirements.txt)"
+    except MemoryError as error:
+        reason = f"not enough memory: {error}".removesuffix(": ")
+    except OSError as error:
+        reason = f"{error.filename or 'output'}: {error.strerror or error}"
+    except (ModelError, RuntimeError) as error:           # RuntimeError: no room for another thread
+        reason = str(error)
+    log(f"error: {reason}")
+    return 1
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
@@ -2055,27 +2086,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0, or 1 after an error, which is one line on stderr; argparse exits with 2 for wrong usage."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")          # a terminal without some character gets '?'
-    try:
-        run(arguments(argv))
-    except ModelError as error:
-        log(f"error: {error}")
-        return 1
-    except MemoryError as error:
-        log(f"error: not enough memory ({error or 'for a small array'})")
-        return 1
-    except BrokenPipeError:                               # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        log(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    """Run the command line: 0, 1 after an error (one line on stderr), 130 after Ctrl-C; argparse exits with 2 for wrong usage."""
+    args = arguments(argv)
+    return exit_code(lambda: run(args))
 
 
 if __name__ == "__main__":
