@@ -286,7 +286,7 @@ then make it small, and run it:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 after an error (one line on stderr), 130 after Ctrl-C. argparse exits with 2 for wrong usage."""
+    """The exit code: 0, 1 after an error (one line on stderr), 130 after Ctrl-C; argparse exits with 2 for wrong usage."""
     parser = argparse.ArgumentParser(prog="convert.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", metavar="DIR", help="folder with params.json and consolidated.00.pth, .01, ...")
