@@ -254,8 +254,6 @@ def convert(folder: str, ftype: int = 1, tokenizer: str | None = None, out: str 
 
     params = read_params(os.path.join(folder, "params.json"))
     processor, pieces = read_tokenizer(tokenizer or find_tokenizer(folder))
-    for note in unsaid(params, processor):
-        log(f"warning: {note}")
     dim, n_heads = params["dim"], params["n_heads"]
     header = Header(len(pieces), dim, params["multiple_of"], n_heads, params["n_layers"], dim // n_heads, ftype)
     print(", ".join(f"{key} {value}" for key, value in header._asdict().items()), flush=True)
@@ -272,6 +270,8 @@ def convert(folder: str, ftype: int = 1, tokenizer: str | None = None, out: str 
             del tensors                                   # before the next one is read: some cannot be mapped
     seconds = time.monotonic() - start
     print(f"total: {len(outputs) - len(kept)} files, {size / MB:.2f} MB in {seconds:.1f} s", flush=True)
+    for note in unsaid(params, processor):                # last, where it is seen
+        log(f"warning: {note}")
 
 
 EXAMPLES = """examples:

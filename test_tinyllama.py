@@ -17,14 +17,17 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
@@ -34,8 +37,11 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from hypothesis import HealthCheck, assume, example, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
+
+import convert
+import quantize
 
 EXAMPLES = int(os.environ.get("TINYLLAMA_EXAMPLES", "40"))
 settings.register_profile("tinyllama", max_examples=EXAMPLES, derandomize="TINYLLAMA_EXAMPLES" not in os.environ, deadline=None,
@@ -1413,6 +1419,496 @@ def test_as_a_process(story, folder):
     for env, warned in ((clean, True), ({**clean, "OPENBLAS_NUM_THREADS": "1"}, False)):
         done = subprocess.run([sys.executable, "-c", program, story], cwd=FOLDER, env=env, capture_output=True, check=True)
         assert (b"OPENBLAS_NUM_THREADS" in done.stderr) == warned
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# convert.py
+# ---------------------------------------------------------------------------------------------------------------------------
+
+PARAMS = {"dim": 64, "multiple_of": 32, "n_heads": 8, "n_layers": 2, "norm_eps": 1e-6, "vocab_size": -1}
+PTH, TOKENIZER, NORM, WK = "consolidated.00.pth", "../tokenizer.model", "norm.weight", "layers.0.attention.wk.weight"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid"
+
+
+@lru_cache(maxsize=None)
+def train_tokenizer(vocab_size=320, **settings) -> bytes:
+    """A sentencepiece model with LLaMA's settings, learned from next to nothing."""
+    lines = ["she sells sea shells by the sea shore", "the  shells   she sells are sea shells", "peter piper picked a peck"]
+    sentencepiece.SentencePieceTrainer.train(**{
+        "sentence_iterator": iter(lines * 9), "model_writer": (model := io.BytesIO()), "model_type": "bpe",
+        "vocab_size": vocab_size, "byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": True,
+        "remove_extra_whitespaces": False, "split_digits": True, "character_coverage": 1, "minloglevel": 2, **settings})
+    return model.getvalue()
+
+
+def piece(text: str, score: float) -> bytes:
+    """A piece in sentencepiece's protobuf; appended to a model it becomes its last one."""
+    body = b"\x0a" + bytes([len(text.encode())]) + text.encode() + b"\x15" + struct.pack("<f", score) + b"\x18\x01"
+    return b"\x0a" + bytes([len(body)]) + body
+
+
+def make_weights(dtype=torch.float16, kv_heads=8, ffn=96, seed=0) -> dict[str, torch.Tensor]:
+    """Of all magnitudes from beneath float16's smallest to near its largest."""
+    random, size = torch.Generator().manual_seed(seed), {"V": 320, "D": 64, "HE": 64, "KE": 8 * kv_heads, "F": ffn}
+    shapes = {name: [size[letter] for letter in spec.shape] for name, spec in tinyllama.architecture(PARAMS["n_layers"]).items()}
+    weights = {name: torch.randn(shape, generator=random) * 10.0 ** torch.randint(-8, 4, shape, generator=random)
+               for name, shape in shapes.items()}
+    return {name: w.to(dtype) for name, w in weights.items()} | {"rope.freqs": torch.ones(4)}
+
+
+def write_checkpoint(folder: Path, weights, parts=1, zipped=True, tokenizer=None, **params) -> Path:
+    """Meta's layout; the weights are cut for model parallelism as Meta's code cuts them."""
+    folder.mkdir(exist_ok=True)
+    for i in range(parts):
+        axis = {name: 1 if name.endswith(("tok_embeddings.weight", "wo.weight", "w2.weight")) else 0 for name in weights}
+        shard = {name: w if w.dim() == 1 else w.chunk(parts, axis[name])[i].clone() for name, w in weights.items()}
+        torch.save(shard, folder / f"consolidated.{i:02}.pth", _use_new_zipfile_serialization=zipped)
+    (folder / "params.json").write_text(json.dumps({**PARAMS, **params}))
+    (folder / TOKENIZER).write_bytes(tokenizer or train_tokenizer())
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    return write_checkpoint(tmp_path / "7B", make_weights())
+
+
+def expected_file(folder: Path, part: int, ftype: int) -> bytes:
+    """What the ggml file must be, written down once more from the format's description."""
+    vocabulary = sentencepiece.SentencePieceProcessor(str(folder / TOKENIZER))
+    multiple_of = json.loads((folder / "params.json").read_text())["multiple_of"]
+    texts = [vocabulary.id_to_piece(i).replace("\u2581", " ").encode() for i in range(259, 320)]
+    texts = [" \u2047 ".encode(), b"", b"", *(bytes([b]) for b in range(256)), *texts]
+    out = struct.pack("<8i", 0x67676D6C, 320, 64, multiple_of, 8, 2, 8, ftype)
+    out += b"".join(struct.pack("<i", len(text)) + text for text in texts)
+    for name, w in torch.load(folder / f"consolidated.{part:02}.pth", weights_only=True).items():
+        if name.endswith("freqs"):
+            continue
+        if w.dtype == torch.bfloat16:                     # it is the upper half of a float32
+            w = torch.from_numpy((w.view(torch.int16).numpy().astype(np.int32) << 16).view(np.float32))
+        half = ftype == 1 and w.dim() == 2
+        out += struct.pack(f"<3i{w.dim()}i", w.dim(), len(name), half, *w.shape[::-1]) + name.encode()
+        out += w.numpy().astype("<f2" if half else "<f4").tobytes()
+    return out
+
+
+@settings(max_examples=25, deadline=None)
+@given(parts=st.sampled_from([1, 2, 4, 8]), dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+       zipped=st.booleans(), ftype=st.sampled_from([0, 1]), kv_heads=st.sampled_from([8, 4]), ffn=st.sampled_from([32, 96]),
+       seed=st.integers(0, 9))
+def test_convert_writes_the_file_byte_for_byte(parts, dtype, ftype, kv_heads, ffn, zipped, seed):
+    with tempfile.TemporaryDirectory() as tmp:
+        weights = make_weights(dtype, kv_heads, ffn, seed)
+        folder = write_checkpoint(Path(tmp) / "x", weights, parts, zipped, multiple_of=ffn)
+        assert convert.main([f"{folder}/", str(ftype)]) == 0
+        outputs = tinyllama.part_paths(str(folder / f"ggml-model-{'f16' if ftype else 'f32'}.bin"), parts)
+        assert [Path(path).read_bytes() for path in outputs] == [expected_file(folder, i, ftype) for i in range(parts)]
+        assert len(os.listdir(folder)) == 2 * parts + 1
+        _, _, whole, sizes = tinyllama.read_ggml_parts(outputs[0])
+        assert (sizes["parts"], sizes["KE"], sizes["F"]) == (parts, 8 * kv_heads, ffn)
+        for name in ("tok_embeddings.weight", "layers.1.attention.wk.weight"):                    # put together again
+            rows = np.concatenate([rows for _, rows in tinyllama.read_rows(whole[name])])
+            assert np.array_equal(rows, weights[name].float().numpy().astype(rows.dtype))
+
+
+def test_convert_at_the_ends_of_float16(checkpoint):
+    weights(lambda w: w[WK][:, :6].copy_(torch.tensor([65519.9, -65519.9, 2.0**-24, 2.0**-25, 1 + 2.0**-11, -0.0])))(checkpoint)
+    assert convert.main([str(checkpoint)]) == 0           # rounds to nearest, ties to even, keeps subnormals and -0.0
+    assert (checkpoint / "ggml-model-f16.bin").read_bytes() == expected_file(checkpoint, 0, 1)
+    weights(lambda w: w[WK].fill_(1e9))(checkpoint)
+    assert convert.main([str(checkpoint), "0"]) == 0
+    assert (checkpoint / "ggml-model-f32.bin").read_bytes() == expected_file(checkpoint, 0, 0)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil ran",)
+
+
+def params(**changes):
+    """Damage: params.json with some keys changed, or removed where the change is `...`."""
+    changed = {key: value for key, value in {**PARAMS, **changes}.items() if value is not ...}
+    return lambda folder: (folder / "params.json").write_text(json.dumps(changed))
+
+
+def put(name, content):
+    """Damage: other bytes in a file of the folder; a function makes them from the old ones; None removes the file."""
+    def damage(folder):
+        path = folder / name
+        data = content(path.read_bytes()) if callable(content) else content
+        path.unlink() if data is None else path.write_bytes(data)
+    return damage
+
+
+def weights(change):
+    """Damage: a checkpoint of float32 whose tensors went through `change`, or what `change` has made of them."""
+    def damage(folder):
+        tensors = make_weights(torch.float32)
+        changed = change(tensors)
+        torch.save(changed if isinstance(changed, (dict, list)) else tensors, folder / PTH)
+    return damage
+
+
+def few_keys(rows):
+    return weights(lambda w: {name: t[:rows] if ".wk." in name or ".wv." in name else t for name, t in w.items()})
+
+
+def other_second_part(folder):
+    write_checkpoint(folder, make_weights(), 2)
+    other = write_checkpoint(folder.parent / "other", make_weights(ffn=32), 2)
+    return shutil.copy(other / "consolidated.01.pth", folder)
+
+
+def old_cut_short(folder):
+    put(PTH, lambda data: data[:-9])(write_checkpoint(folder, make_weights(), zipped=False))
+
+
+def hugging_face(name):
+    return lambda folder: os.rename(folder / PTH, folder / name)
+
+
+REFUSALS = {      # damage, and words of the one line on stderr
+    "no folder": (shutil.rmtree, "7B: No such file"),
+    "no part": (put(PTH, None), "7B: there is no consolidated.00.pth"),
+    "part 01 missing": (lambda d: shutil.copy(d / PTH, d / "consolidated.02.pth"), "consolidated.01.pth is missing"),
+    "part too few": (lambda folder: os.remove(other_second_part(folder)), "one of 2 parts there are 1"),
+    "part too many": (lambda d: shutil.copy(d / PTH, d / "consolidated.01.pth"), "one of 1 parts there are 2"),
+    "part of another model": (other_second_part, "01.pth: sizes 'F': 32 'F': 96"),
+    **{name: (hugging_face(name), f"7B: Hugging Face {name} GGUF original release")
+       for name in ("model-00001-of-00002.safetensors", "pytorch_model.bin", "config.json", "tokenizer.json")},
+    "Llama 3": (put(TOKENIZER, b"IQ== 0\nIg== 1\n"), "tokenizer.model: tiktoken Llama 3 GGUF"),
+    "no params": (put("params.json", None), "params.json: No such file"),
+    "params not JSON": (put("params.json", b'{"dim": 64,'), "params.json: not JSON"),
+    "params not UTF-8": (put("params.json", b'{"\xff": 64}'), "params.json: not JSON"),
+    "params too deep": (put("params.json", b"[" * 100_000), "params.json: not JSON"),
+    "params a list": (put("params.json", b"[64]"), "params.json: not a JSON object"),
+    **{f"no {key}": (params(**{key: ...}), f"'{key}' is missing") for key in ("dim", "multiple_of", "n_heads", "n_layers")},
+    **{f"dim {value!r}": (params(dim=value), "'dim' whole number") for value in (-64, 0, "64", 64.0, True, 1 << 31, [64])},
+    **{f"eps {value!r}": (params(norm_eps=value), "'norm_eps' positive") for value in (0, -1e-6, "1e-6", True, np.nan, np.inf)},
+    "odd heads": (params(dim=72), "dim 72 8 heads"),
+    "other dim": (params(dim=128), "'norm.weight' [64] needs [128]"),
+    "other n_layers": (params(n_layers=3), "3 layers need 30 tensors"),
+    "other n_kv_heads": (params(n_kv_heads=4), "wk.weight shape [64, 64] needs [32, 64]"),
+    "no tokenizer": (put(TOKENIZER, None), "7B/tokenizer.model tried --tokenizer"),
+    "tokenizer cut short": (put(TOKENIZER, lambda data: data[:-9]), "tokenizer.model: not a sentencepiece model"),
+    "tokenizer a pointer": (put(TOKENIZER, LFS), "tokenizer.model: Git LFS pointer"),
+    "another tokenizer": (put(TOKENIZER, lambda data: data + piece("more", -99)), "320 rows 321 tokens tokenizer of another"),
+    "pth cut short": (put(PTH, lambda data: data[:-200]), "00.pth: damaged or cut short"),
+    "pth cut in half": (put(PTH, lambda data: data[:len(data) // 2]), "00.pth: damaged or cut short"),
+    "old pth cut short": (old_cut_short, "00.pth: damaged or cut short (unexpected EOF"),
+    "pth empty": (put(PTH, b""), "00.pth: empty"),
+    "pth a pointer": (put(PTH, LFS), "00.pth: Git LFS pointer"),
+    "pth a web page": (put(PTH, b"\n<!DOCTYPE html>404"), "00.pth: a web page"),
+    "pth of noise": (put(PTH, bytes(range(200))), "00.pth: refused"),
+    "pth runs code": (weights(lambda w: {**w, NORM: Evil()}), "00.pth: refused mkdir nothing in it was run"),
+    "pickle runs code": (put(PTH, pickle.dumps(Evil(), 2)), "00.pth: refused mkdir nothing in it was run"),
+    "new pickle runs code": (put(PTH, pickle.dumps(Evil(), 4)), "00.pth: refused nothing in it was run"),
+    "pth with a list": (weights(lambda w: [*w.values()]), "00.pth: a list instead of tensors"),
+    "pth of groups": (weights(lambda w: {"model": w}), "00.pth: 'model' is not a tensor"),
+    "integers": (weights(lambda w: w.update({NORM: w[NORM].int()})), "'norm.weight' is not a tensor of float16"),
+    "sparse": (weights(lambda w: w.update({NORM: w[NORM].to_sparse()})), "'norm.weight' is not a tensor of float16"),
+    "no columns": (weights(lambda w: w.update({"tok_embeddings.weight": torch.ones(320, 0)})), "'tok_embeddings.weight' is not"),
+    "tensor missing": (weights(lambda w: w.update({"norms": w.pop(NORM)})), "'norm.weight' is missing"),
+    "tensor of another shape": (weights(lambda w: w.update({NORM: torch.ones(63)})), "'norm.weight' [63] needs [64]"),
+    **{f"{rows} rows of keys": (few_keys(rows), f"8 heads cannot share the {rows} rows of wk") for rows in (4, 24)},
+    "beyond float16": (weights(lambda w: w[WK][3:5].fill_(-65520.0)), f"'{WK}' 128 values that float16 cannot hold ftype 0"),
+    "NaN": (weights(lambda w: w[NORM][5:7].fill_(np.nan)), "'norm.weight' 2 values NaN damaged"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.filterwarnings("error")                      # torch's would be more lines
+def test_convert_refuses_in_one_line(name, checkpoint, capfd, monkeypatch):
+    damage, words = REFUSALS[name]
+    monkeypatch.chdir(checkpoint.parent)
+    damage(checkpoint)
+    assert convert.main(["7B", "1"]) == 1
+    line = capfd.readouterr().err
+    assert line.startswith("error: ") and line.endswith("\n") and line.count("\n") == 1 and len(line) < 400
+    assert [word for word in words.split() if word not in line] == []
+    whole_parts = ["7B/ggml-model-f16.bin"] if name == "part of another model" else []
+    assert [str(path) for pattern in ("ggml*", "evil*") for path in Path().rglob(pattern)] == whole_parts
+
+
+def test_convert_keeps_files_and_makes_missing_ones(tmp_path, capsys):
+    folder = write_checkpoint(tmp_path / "13B", make_weights(), 2)
+    first, second = folder / "ggml-model-f16.bin", folder / "ggml-model-f16.bin.1"
+    first.write_bytes(b"old")
+    assert convert.main([str(folder)]) == 0
+    assert "ggml-model-f16.bin exists already: kept" in capsys.readouterr().out
+    assert (first.read_bytes(), second.read_bytes()) == (b"old", expected_file(folder, 1, 1))
+    second.write_bytes(b"older")
+    os.remove(folder / "params.json")                     # with nothing to do, nothing is read
+    assert convert.main([str(folder)]) == 0
+    assert (first.read_bytes(), second.read_bytes()) == (b"old", b"older")
+    write_checkpoint(folder, make_weights(), 2)
+    assert convert.main([str(folder), "--force"]) == 0
+    assert (first.read_bytes(), second.read_bytes()) == (expected_file(folder, 0, 1), expected_file(folder, 1, 1))
+
+
+def test_convert_paths_and_usage(checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint)
+    assert convert.main([".", "--out", "new/er"]) == 0    # the tokenizer is in the folder above
+    os.rename(TOKENIZER, "tokenizer.model")
+    assert convert.main(["../7B/"]) == 0                  # ... or beside the weights
+    os.rename("tokenizer.model", "words")
+    assert convert.main([".", "0", "--tokenizer", "words"]) == 0
+    os.rename("words", TOKENIZER)
+    assert Path("new/er/ggml-model-f16.bin").read_bytes() == Path("ggml-model-f16.bin").read_bytes()
+    assert Path("ggml-model-f32.bin").read_bytes() == expected_file(checkpoint, 0, 0)
+    for wrong in ([], [".", "2"], [".", "1", "more"], [".", "--forc"]):
+        with pytest.raises(SystemExit, match="2"):
+            convert.main(wrong)
+
+
+SPACES = [("\u2581" * n, -1e9) for n in (4, 3, 2)]
+
+
+@pytest.mark.parametrize("words, params, tokenizer, more", [
+    ("", {"rope_theta": 10000, "vocab_size": 5, "ffn_dim_multiplier": 1.3, "use_scaled_rope": False, "n_kv_heads": None}, {}, []),
+    ("--norm-eps 1e-5", {"norm_eps": 1e-5}, {}, []),
+    ("--rope-freq-base 1000000", {"rope_theta": 1e6}, {}, []),
+    ("'sliding_window' ignored", {"sliding_window": 4096}, {}, []),
+    ("begin and end (2, 1)", {}, {"bos_id": 2, "eos_id": 1}, []),
+    ("", {}, {"vocab_size": 317}, SPACES),                # LLaMA has them so
+    ("scores", {}, {"vocab_size": 317}, [(spaces, -1000 * i) for i, (spaces, _) in enumerate(SPACES, 1)]),
+    ("scores", {}, {"vocab_size": 317}, [(spaces, 5) for spaces, _ in SPACES]),
+    ("scores", {}, {"vocab_size": 318}, [("zzz", -98), ("zz", -98)]),
+    ("scores", {}, {"allow_whitespace_only_pieces": True, "split_by_whitespace": False}, []),
+])
+def test_convert_warns_of_what_the_file_cannot_say(words, params, tokenizer, more, tmp_path, capfd):
+    model = train_tokenizer(**tokenizer) + b"".join(piece(*p) for p in more)
+    assert convert.main([str(write_checkpoint(tmp_path / "7B", make_weights(), tokenizer=model, **params))]) == 0
+    err = capfd.readouterr().err
+    assert err.count("\n") == bool(words) and [word for word in words.split() if word not in err] == []
+
+
+@pytest.mark.parametrize("stop, code, words", [
+    (KeyboardInterrupt(), 130, ""),
+    (OSError(28, "No space left on device"), 1, "error: {}/ggml-model-f16.bin: No space left on device\n"),
+])
+def test_convert_interrupted_leaves_nothing(stop, code, words, checkpoint, monkeypatch, capfd):
+    def write_some(f, name, kind, shape, write=convert.write_ggml_tensor_header):
+        if name.startswith("layers.1"):
+            raise stop
+        write(f, name, kind, shape)
+
+    monkeypatch.setattr(convert, "write_ggml_tensor_header", write_some)
+    assert convert.main([str(checkpoint)]) == code
+    assert sorted(os.listdir(checkpoint)) == [PTH, "params.json"]
+    assert capfd.readouterr().err == words.format(checkpoint)
+
+
+def test_convert_into_a_closed_pipe_ends_quietly(checkpoint):
+    (checkpoint / "ggml-model-f16.bin").write_bytes(b"old")                            # so that it needs no torch, and is quick
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, convert.__file__, checkpoint], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("ftype", "01")
+def test_convert_needs_no_memory_for_the_file(ftype, tmp_path, monkeypatch):
+    """128 MB of weights: mapped, not read, and not kept once they are written."""
+    def anonymous_memory(*_) -> int:
+        return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+    size, names = {"V": 320, "D": 512, "HE": 512, "KE": 512, "F": 2048}, tinyllama.architecture(16)
+    tensors = {name: torch.zeros([size[letter] for letter in spec.shape], dtype=torch.float16) for name, spec in names.items()}
+    folder, used = write_checkpoint(tmp_path / "big", tensors, dim=512, n_layers=16), []
+    del tensors
+    monkeypatch.setattr(convert, "write_ggml_tensor_header", lambda *_: used.append(anonymous_memory()))
+    before = anonymous_memory()
+    assert convert.main([str(folder), ftype]) == 0
+    assert len(used) == len(names) and max(used) - before < 40 << 20
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# quantize.py
+# ---------------------------------------------------------------------------------------------------------------------------
+
+SMALLEST_NORMAL = 2.0 ** -126
+BELOW_HALF = f32(0.49999997)                              # the float32 before 0.5: adding 0.5 to it in float32 gives 1
+
+
+def nearest(v):
+    """The nearest whole number, halves away from zero; 0 for what is not finite."""
+    return int(math.copysign(math.floor(abs(v) + 0.5), v)) if math.isfinite(v) else 0
+
+
+def slow_q4_0(x):
+    """The scales and the nibbles of 32 numbers, each operation rounded to float32."""
+    d = f32(max(map(abs, x)) / 7)
+    inverse = f32(1 / d) if d else 0.0
+    return [d], [nearest(f32(v * inverse)) + 8 for v in x]
+
+
+def slow_q4_1(x):
+    m = min(x)                                            # the first smallest, so it keeps the sign of a zero
+    d = f32(f32(max([SMALLEST_NORMAL, *x]) - m) / 15)
+    inverse = f32(1 / d) if d else 0.0
+    return [d, m], [nearest(f32(f32(v - m) * inverse)) for v in x]
+
+
+QUANTIZERS = {"q4_0": (quantize.quantize_q4_0, slow_q4_0), "q4_1": (quantize.quantize_q4_1, slow_q4_1)}
+both_types = pytest.mark.parametrize("kind", QUANTIZERS)
+
+
+def block(*start, rest=0.0, exponent=0, negative=False):
+    """32 numbers, moved through the range of float32 or made negative."""
+    moved = (min(max(math.ldexp(v, exponent), -3e38), 3e38) for v in (*start, *[rest] * (32 - len(start))))
+    return tuple(f32(-abs(v) if negative else v) for v in moved)
+
+
+# In a block that reaches 7 (or 15) the halves are exact ties; moved down by 131 powers of two, 1 / d is infinite.
+numbers = st.one_of(st.sampled_from([0.0, -0.0, 7.0, -7.0, 15.0, BELOW_HALF, -BELOW_HALF, SMALLEST_NORMAL, -1e-45]),
+                    st.integers(-30, 30).map(lambda k: k / 2), st.floats(width=32, allow_nan=False, allow_infinity=False))
+blocks = st.builds(lambda start, *rest: block(*start, rest=rest[0], exponent=rest[1], negative=rest[2]), st.lists(numbers, max_size=32), numbers,
+                   st.sampled_from([0, 0, -3, 9, -20, -126, -131, -149]), st.sampled_from([False, False, True]))
+
+
+@both_types
+@many_examples
+@given(blocks)
+@example(block(7.0, 0.5, -0.5, 2.5, -2.5, BELOW_HALF, -BELOW_HALF))
+@example(block(15.0, 0.5, 2.5, 14.5, BELOW_HALF))
+@example(block(rest=-3.0))
+@example(block(0.0, rest=-0.0))
+@example(block(-0.0))
+@example(block(3e38, -3e38))
+@example(block(9e-39, -4e-39, 1e-45))
+def test_quantized_blocks_are_those_of_the_description(kind, x):
+    """Byte for byte what a loop over single weights makes; and where d and 1 / d are finite, no weight moves by more than d / 2."""
+    quantizer, slow = QUANTIZERS[kind]
+    with np.errstate(over="ignore"):
+        scales, n = slow(x)
+    found, largest = quantizer(np.array(x)), np.float32(max(map(abs, x)))
+    assert found.tobytes() == struct.pack(f"<{len(scales)}f16B", *scales, *(a | b << 4 for a, b in zip(n[0::2], n[1::2])))
+    assert quantize.histogram(found).tolist() == [n.count(value) for value in range(16)]
+    if found["d"] > 2.0 ** -127 and largest < 1e38:
+        assert_allclose(tinyllama.dequantize(found), x, rtol=0, atol=found["d"][0] / 2 + 4 * np.spacing(largest))
+
+
+@both_types
+@given(st.binary(min_size=64, max_size=64))
+def test_blocks_of_float16_numbers_quantize_to_themselves(kind, raw):
+    quantizer = QUANTIZERS[kind][0]
+    once = quantizer(np.nan_to_num(np.frombuffer(raw, "<f2"), posinf=1, neginf=-2))
+    again = quantizer(tinyllama.dequantize(once))
+    for name in once.dtype.names:
+        assert_array_equal(again[name], once[name])
+
+
+@both_types
+def test_quantizers_take_floats_of_any_shape(kind):
+    quantizer, x = QUANTIZERS[kind][0], np.random.default_rng(0).normal(size=(2, 3, 96)).astype(np.float16)
+    one_by_one = b"".join(quantizer(row).tobytes() for row in x.reshape(-1, 32))
+    for same in (x, x.astype(np.float64), np.asfortranarray(x)):
+        assert quantizer(same).tobytes() == one_by_one and quantizer(same).shape == (2, 3, 3)
+    assert quantizer(np.zeros((0, 64))).shape == (0, 2) and quantizer(x).dtype == type_of(kind).dtype
+    for bad in (np.zeros(33), np.float32(1), [math.nan] * 32, [math.inf] * 32, [-math.inf] * 32, [1e39] * 32):
+        with pytest.raises(ValueError):
+            quantizer(bad)
+
+
+def half_model(kind="f16", ffn_dim=64):
+    return tiny_model(1, kind, n_heads=2, head_dim=32, ffn_dim=ffn_dim, pieces=BYTE_PIECES[:8])
+
+
+def everything(path):
+    return {file.name: file.is_file() and file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("kind, word, new_kind", [("f16", "2", "q4_0"), ("f32", "q4_0", "q4_0"), ("f16", "q4_1", "q4_1"), ("f32", "3", "q4_1")])
+def test_quantizing_changes_only_the_matrices_of_a_file(tmp_path, monkeypatch, capsys, kind, word, new_kind):
+    """And neither the number of threads nor the size of the chunks changes a bit."""
+    tiny, reports = half_model(kind), set()
+    new = tiny._replace(tensors={name: (form, data) if "norm" in name else (new_kind, QUANTIZERS[new_kind][0](values(form, data)).view(np.uint8))
+                                 for name, (form, data) in tiny.tensors.items()})
+    path, expected = write_ggml(tmp_path / "in", tiny), Path(write_ggml(tmp_path / "expected", new)).read_bytes()
+    for chunk in (1, 64 * 5, quantize.CHUNK):
+        for threads in "14":
+            monkeypatch.setattr(quantize, "CHUNK", chunk)
+            assert quantize.main([path, str(tmp_path / "out"), word, "-t", threads]) == 0
+            assert (tmp_path / "out").read_bytes() == expected
+            reports.add(capsys.readouterr().out)
+    assert len(reports) == 1
+
+
+def test_quantize_reads_chunks_when_it_needs_them():
+    with quantize.ThreadPoolExecutor(2) as pool:
+        chunks = iter(range(100))
+        results = quantize.in_order(pool, lambda i: -i, chunks, 4)
+        assert next(results) == 0 and next(chunks) == 4
+        assert list(results) == [-i for i in range(1, 100) if i != 4]
+
+
+def test_quantize_reports_as_the_original_did(tmp_path, capsys):
+    """The embedding is 1, -1, 0, 0, ..., so a quarter of its nibbles is 15, a quarter 1, and half are 8, as is all of the rest."""
+    tiny = half_model()
+    for name, (form, data) in tiny.tensors.items():
+        data.view("<f2" if form == "f16" else "<f4")[:] = np.tile([1, -1, 0, 0], 16) * (name == "tok_embeddings.weight")
+    quantize.main([write_ggml(tmp_path / "in", tiny), str(tmp_path / "out"), "2"])
+    lines, zeros = capsys.readouterr().out.splitlines(), 6 * "0.000 "
+    assert lines[0] == (f"{27 * ' '}tok_embeddings.weight - [   64,     8], type =    f16 quantizing .. size =     0.00 MB ->     0.00 MB | "
+                        f"hist: 0.000 0.250 {zeros}0.500 {zeros}0.250 ")
+    assert lines[1] == f"{37 * ' '}norm.weight - [   64,     1], type =    f32 size =    0.000 MB" and len(lines) == 12 + 3
+    assert lines[-3:] == ["model size  =     0.11 MB", "quant size  =     0.02 MB", f"hist: 0.000 0.004 {zeros}0.991 {zeros}0.004 "]
+
+
+def test_quantize_does_every_part_in_a_folder(tmp_path, capsys):
+    write_ggml(tmp_path / "ggml-model-f16.bin", half_model(), parts=2)
+    for part in ("", ".1"):
+        assert quantize.main([f"{tmp_path}/ggml-model-f16.bin{part}", f"{tmp_path}/ggml-model-alone.bin{part}", "3"]) == 0
+    report = capsys.readouterr().out
+    assert quantize.main([str(tmp_path), "q4_1"]) == 0
+    assert re.sub("ggml.* -> .*\n", "", capsys.readouterr().out) == report
+    assert quantize.main(["--remove-f16", str(tmp_path)]) == 0
+    found = everything(tmp_path)
+    assert sorted(found) == [f"ggml-model-{name}.bin{part}" for name in ("alone", "q4_0", "q4_1") for part in ("", ".1")]
+    assert all(found[f"ggml-model-q4_1.bin{part}"] == found[f"ggml-model-alone.bin{part}"] for part in ("", ".1"))
+
+
+@pytest.mark.parametrize("name, bad", [("output.weight", math.nan), ("output.weight", -math.inf), ("layers.0.ffn_norm.weight", math.inf)])
+def test_quantize_names_the_tensor_with_nan_and_leaves_all_parts(tmp_path, capsys, name, bad):
+    tiny = half_model()
+    tiny.tensors[name][1].view("<f4" if "norm" in name else "<f2").flat[-1] = bad          # in output's second part only
+    write_ggml(tmp_path / "ggml-model-f16.bin", tiny, parts=2)
+    for part in ("", ".1"):
+        (tmp_path / f"ggml-model-q4_0.bin{part}").write_text("old")
+    before = everything(tmp_path)
+    assert quantize.main([str(tmp_path), "--remove-f16"]) == 1
+    assert re.fullmatch(rf"error: .*/ggml-model-f16\.bin[.1]*: tensor '{name}'.* NaN or infinity.*\n", capsys.readouterr().err)
+    assert everything(tmp_path) == before
+
+
+def test_quantize_that_fails_says_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, tiny in {"in": half_model(), "q4": half_model("q4_0"), "odd": half_model(ffn_dim=80), "ggml-model-f32.bin": half_model("f32")}.items():
+        write_ggml(name, tiny)
+    Path("foreign").write_bytes(Path("in").read_bytes().replace(b"w3", b"w4"))
+    os.symlink("in", "symbolic")
+    os.link("in", "hard")
+    os.mkdir("folder")
+    before = everything(tmp_path)
+    for words, reason in {"q4 out 3": "tensor 'tok_embeddings.weight' is q4_0", "odd out 2": "w2.weight' has rows of 80", "foreign out 2": "w3",
+                          "in in 2": "itself", "in symbolic 2": "itself", "in hard 2": "itself", "in folder 2": "folder: not a file",
+                          "none out 2": "none: ", "in none/out 2": "none/out", "none": "not a folder", "in": "not a folder",
+                          ".": "f16.bin: missing, but there is ./ggml-model-f32.bin", "folder": "f16.bin: missing\n"}.items():
+        assert quantize.main(words.split()) == 1, words
+        out, error = capsys.readouterr()
+        assert re.fullmatch("error: .*\n", error) and reason in error and not out, (words, error)
+    for error, code, said in ((KeyboardInterrupt, 130, ""), (MemoryError, 1, "error: not enough memory\n"),
+                              (OSError(28, "No space left"), 1, "error: out: No space left\n")):
+        with monkeypatch.context() as patch:
+            patch.setattr(quantize, "write_blocks", lambda *_, error=error: (_ for _ in ()).throw(error))
+            assert quantize.main(["in", "out", "2"]) == code and capsys.readouterr().err == said
+    for words in ("in out", "in out q5", "in out 2 3", "in out 2 --remove-f16", "-t 0 in out 2", "--no-such . 2", ""):
+        with pytest.raises(SystemExit, match="^2$"):
+            quantize.main(words.split())
+    assert everything(tmp_path) == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
