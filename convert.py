@@ -168,6 +168,7 @@ def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
     """The tensors of one part by name, in its order. Those of today's .pth files are mapped, not read: they take no memory."""
     start = read_start(path)
     import torch
+    torch.set_num_threads(1)                              # one outruns any disk; several spin, waiting for each other
     try:
         # A zip file can be mapped where nothing in it is compressed (torch never does). Old torch wrote no zip files.
         mmap = start.startswith(b"PK") and not any(entry.compress_type for entry in zipfile.ZipFile(path).infolist())

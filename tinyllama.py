@@ -592,8 +592,9 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     A process that is killed leaves a file `path.<its number>.tmp`; the next one to write `path` removes it.
     """
     path = os.fspath(path)
-    for stale in glob.glob(glob.escape(path) + ".*.tmp"):
-        os.remove(stale)
+    for name in glob.glob(glob.escape(path) + ".*.tmp"):
+        if re.fullmatch(r"\.[0-9]+\.tmp", name[len(path):]):         # not those of model.bin.1
+            os.remove(name)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as f:
@@ -629,15 +630,15 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 # X is linear in x: x[B] times the constant matrix `expand`.
 #
 # Many tokens. Then the product is most of the work, and BLAS does it best: the weights of a few hundred rows become float32,
-# w = d (n - zero) by one multiplication that widens and scales at once (n - 8 is made in int8, as 16 (n - 8): the high half of a
-# byte; x carries the 1 / 16), m is appended as further inputs that are the sums of x, and one big matrix product follows.
+# w = d (n - zero) by one multiplication that widens and scales at once (in int8, n - 8 is made as 16 (n - 8), the high half of a
+# byte, and d / 16 is the scale), m is appended as weights of further inputs, the sums of x, and one big matrix product follows.
 #
 # Everything is cut by the shape of the matrix alone, so that the number of threads never changes a bit of the result.
 # ---------------------------------------------------------------------------------------------------------------------------
 
 TILE_ROWS = 5500            # about the rows for which a block's float32 numbers still fit in a 2 MB cache
 MANY_TOKENS = 5             # from here on it pays to make float32 weights
-GEMM_ROWS = 768             # rows of float32 weights made at a time for many tokens
+GEMM_ROWS = 768             # rows of float32 weights, at most, that are made at a time for many tokens
 MIN_JOBS = 8                # a large matrix makes about this many jobs
 SMALL = 1 << 21             # multiplications that are done before another thread would have started
 
@@ -744,9 +745,7 @@ class BlockTile:
         blocks = x.reshape(len(x), -1, self.kind.size)
         if len(x) < MANY_TOKENS:
             return blocks.swapaxes(0, 1) @ self.expand    # [B, T, size + 2]
-        if self.kind.bits == 4:
-            x = x * f32(1 / 16)
-        return x if self.m is None else np.concatenate([x, blocks.sum(axis=2)], axis=1)
+        return x if self.m is None else np.concatenate([x, blocks @ np.ones(self.kind.size, f32)], axis=1)
 
     def jobs(self, x: np.ndarray, out: np.ndarray) -> list[Callable[[], None]]:
         """Jobs that together make out [pieces, T, rows], whose sum over the pieces is W x."""
@@ -754,8 +753,8 @@ class BlockTile:
         if n_tokens < MANY_TOKENS:
             cuts = [len(self.d) * i // pieces for i in range(pieces + 1)]
             return [lambda a=a, b=b, y=y: self.few(x, a, b, y) for a, b, y in zip(cuts, cuts[1:], out)]
-        cuts = range(0, self.rows, GEMM_ROWS)
-        return [lambda a=a: self.many(x, a, min(a + GEMM_ROWS, self.rows), out[0]) for a in cuts]
+        step = -(-self.rows // (4 * -(-self.rows // (4 * GEMM_ROWS))))             # a multiple of 4 jobs, all of one length
+        return [lambda a=a: self.many(x, a, min(a + step, self.rows), out[0]) for a in range(0, self.rows, step)]
 
     def few(self, x: np.ndarray, first: int, last: int, out: np.ndarray) -> None:
         """out [T, rows] = the products of the blocks from `first` to `last`."""
@@ -779,7 +778,7 @@ class BlockTile:
         rows, size = last - first, self.kind.size
         n_blocks, cols = len(self.d), len(self.d) * size
         f = scratch("w", x.shape[1], rows)
-        step = max(1, (1 << 17) // (size * rows))
+        step = max(1, (1 << 18) // (size * rows))
         for a in range(0, n_blocks, step):
             b = min(a + step, n_blocks)
             n = self.q[a:b, :, first:last]
@@ -790,7 +789,8 @@ class BlockTile:
                 np.multiply(n, 16, out=halves[:, 0])
                 np.bitwise_and(n, 0xF0, out=halves[:, 1])
                 n = halves.view(np.int8 if self.kind.zero else np.uint8).reshape(b - a, 32, rows)
-            np.multiply(n, self.d[a:b, None, first:last], out=f[a * size:b * size].reshape(b - a, size, rows))
+            d = self.d[a:b, None, first:last]
+            np.multiply(n, d / 16 if self.kind.bits == 4 else d, out=f[a * size:b * size].reshape(b - a, size, rows))
         if self.m is not None:
             f[cols:] = self.m[:, first:last]
         np.matmul(x, f, out=out[:, first:last])
@@ -896,7 +896,7 @@ class Matrix:
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """x [T, cols] float32 -> W x [T, rows]."""
         pieces = self.pieces if len(x) < MANY_TOKENS else 1
-        out = np.zeros((pieces, len(x), self.rows), f32)
+        out = (np.zeros if pieces > 1 else np.empty)((pieces, len(x), self.rows), f32)
         inputs, jobs = {}, []
         for start, tile in self.tiles:
             if tile.kind not in inputs:
@@ -992,41 +992,51 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return x
 
 
+CHUNK = 128                         # tokens of a prompt that look back together, at all before the last of them
+FUTURE = np.triu(np.full((CHUNK, CHUNK), -np.inf, f32), 1)          # added to scores: a token sees itself and what is before it
+
+
 def attention(x: np.ndarray, layer: Layer, model: Model, rotation: np.ndarray, cache: Cache, index: int) -> np.ndarray:
     """x [T, D] -> wo(softmax(q k^T / sqrt(E)) v) [T, D]; each of K key/value heads serves H / K query heads."""
-    h, n_tokens = model.hyper, len(x)
+    h, n_tokens, start = model.hyper, len(x), cache.length
     q, k, v = np.split(layer.wqkv(x), [h.n_heads * h.head_dim, (h.n_heads + h.n_kv_heads) * h.head_dim], axis=1)
     q = rope(q.reshape(n_tokens, h.n_heads, h.head_dim), rotation) / f32(math.sqrt(h.head_dim))
     k = rope(k.reshape(n_tokens, h.n_kv_heads, h.head_dim), rotation)
     keys, values = cache.store(index, k, v.reshape(n_tokens, h.n_kv_heads, h.head_dim))     # [K, P, E]
-    n_positions = keys.shape[1]
     q = q.reshape(n_tokens, h.n_kv_heads, -1, h.head_dim).transpose(1, 2, 0, 3)             # [K, H / K, T, E]
     out = np.empty((n_tokens, h.n_kv_heads, h.n_heads // h.n_kv_heads, h.head_dim), f32)
-    future = np.triu(np.full((n_tokens, n_tokens), -np.inf, f32), 1) if n_tokens > 1 else None
 
-    def attend(heads: slice) -> None:
-        queries = q[heads].reshape(-1, q.shape[1] * n_tokens, h.head_dim)
-        scores = scratch("scores", len(queries), queries.shape[1], n_positions)
-        np.matmul(queries, keys[heads].swapaxes(1, 2), out=scores)
-        if future is not None:                            # a token sees itself and what is before it
-            scores.reshape(len(queries), -1, n_tokens, n_positions)[..., -n_tokens:] += future
-        found = softmax(scores) @ values[heads]
-        out[:, heads] = found.reshape(len(queries), -1, n_tokens, h.head_dim).transpose(2, 0, 1, 3)
+    def attend(heads: slice, a: int, b: int) -> None:
+        """Tokens a to b look at the positions up to b."""
+        seen = start + b
+        queries = q[heads, :, a:b].reshape(-1, q.shape[1] * (b - a), h.head_dim)
+        scores = scratch("scores", len(queries), queries.shape[1], seen)
+        np.matmul(queries, keys[heads, :seen].swapaxes(1, 2), out=scores)
+        scores.reshape(len(queries), -1, b - a, seen)[..., start + a:] += FUTURE[:b - a, :b - a]
+        found = softmax(scores) @ values[heads, :seen]
+        out[a:b, heads] = found.reshape(len(queries), -1, b - a, h.head_dim).transpose(2, 0, 1, 3)
 
-    if q.size * n_positions < SMALL:
-        attend(slice(0, h.n_kv_heads))
-    else:
-        model.threads.run([lambda i=i: attend(slice(i, i + 1)) for i in range(h.n_kv_heads)])
+    small = q.size * keys.shape[1] < SMALL
+    heads = [slice(0, h.n_kv_heads)] if small else [slice(i, i + 1) for i in range(h.n_kv_heads)]
+    model.threads.run([lambda s=s, a=a: attend(s, a, min(a + CHUNK, n_tokens)) for s in heads for a in range(0, n_tokens, CHUNK)],
+                      parallel=not small)
     return layer.wo(out.reshape(n_tokens, -1))
 
 
-def feed_forward(x: np.ndarray, layer: Layer) -> np.ndarray:
+def feed_forward(x: np.ndarray, layer: Layer, threads: Threads) -> np.ndarray:
     """x [T, D] -> w2(silu(w1 x) * w3 x) [T, D], "SwiGLU" (Shazeer 2020); silu(a) = a / (1 + exp(-a))."""
     a, b = np.split(layer.w13(x), 2, axis=1)
-    with np.errstate(over="ignore"):                      # exp(-a) may be infinite: then silu is 0, as it should be
-        gate = a / (1 + np.exp(-a))
-    gate *= b
-    return layer.w2(gate)
+    gated = np.empty(a.shape, f32)
+
+    def gate(rows: slice) -> None:
+        with np.errstate(over="ignore"):                  # exp(-a) may be infinite: then silu is 0, as it should be
+            np.exp(-a[rows], out=gated[rows])
+        gated[rows] += 1
+        np.divide(a[rows], gated[rows], out=gated[rows])
+        gated[rows] *= b[rows]
+
+    threads.run([lambda i=i: gate(slice(i, i + CHUNK)) for i in range(0, len(x), CHUNK)])
+    return layer.w2(gated)
 
 
 def forward(model: Model, tokens: Sequence[int], cache: Cache, last: bool = True) -> np.ndarray:
@@ -1048,7 +1058,7 @@ def forward(model: Model, tokens: Sequence[int], cache: Cache, last: bool = True
         x = x + attention(rms_norm(x, layer.attention_norm, eps), layer, model, rotation, cache, i)
         if last and layer is model.layers[-1]:
             x = x[-1:]                                    # nothing after this looks at the other positions
-        x = x + feed_forward(rms_norm(x, layer.ffn_norm, eps), layer)
+        x = x + feed_forward(rms_norm(x, layer.ffn_norm, eps), layer, model.threads)
     cache.length += len(ids)
     logits = model.output(rms_norm(x, model.norm, eps))
     return logits[0] if last else logits
