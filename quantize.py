@@ -18,7 +18,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import BinaryIO, Callable, Iterable, Iterator, Sequence
 
-from tinyllama import (F32, GGML_TYPES, Q4_0, Q4_1, Header, ModelError, Tensor, Type, check_tensors, exit_code, f32, number,
+from tinyllama import (F32, GGML_TYPES, Q4_0, Q4_1, Header, ModelError, Tensor, Type, exit_code, f32, number,
                        part_paths, read_ggml, read_ggml_parts, read_rows, read_vector, replacing, write_ggml_header,
                        write_ggml_tensor_header)
 import numpy as np                                        # after tinyllama, which sets it up
@@ -140,14 +140,12 @@ def becomes_blocks(tensor: Tensor) -> bool:
     return len(tensor.shape) == 2 and tensor.name.endswith("weight")
 
 
-Source = tuple[Header, list[bytes], dict[str, Tensor]]    # what read_ggml returns
+Source = tuple[Header, list[bytes], dict[str, Tensor]]
 
 
 def read_source(path: str) -> Source:
     """Open a file, which may be one part of several. ModelError if it cannot be quantized."""
-    header, pieces, tensors = read_ggml(path)
-    sizes = {"V": header.n_vocab, "D": header.dim, "HE": header.dim}
-    check_tensors(path, {name: t.shape for name, t in tensors.items()}, header.n_layers, sizes)
+    header, pieces, tensors, _ = read_ggml(path)
     for t in tensors.values():
         if t.type.unpack:
             raise ModelError(f"{path}: tensor '{t.name}' is {t.type.name} already: quantize the f16 or f32 file it was made of")
@@ -207,8 +205,6 @@ def quantize_files(files: Sequence[tuple[str, str]], ftype: int, threads: int) -
     for path, target in files:
         if os.path.exists(target) and os.path.samefile(path, target):
             raise ModelError(f"{target}: the input itself; quantize it into another file")
-        if os.path.exists(target) and not os.path.isfile(target):
-            raise ModelError(f"{target}: not a file")
     with ThreadPoolExecutor(threads) as pool, ExitStack() as stack:
         outputs = [stack.enter_context(replacing(target)) for _, target in files]
         for (path, target), source, f in zip(files, sources, outputs):

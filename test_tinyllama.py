@@ -421,7 +421,7 @@ def test_ggml_file_is_read_and_written_as_described(folder, seed, kind, pieces, 
     """A file packed by struct is read, and what was read gives the same bytes when tinyllama writes it."""
     tiny = tiny_model(seed, kind, n_heads=2, head_dim=16, ffn_dim=32, n_layers=n_layers, pieces=pieces)
     path = write_ggml(folder / "layout.bin", tiny)
-    header, found_pieces, tensors = tinyllama.read_ggml(path)
+    header, found_pieces, tensors, _ = tinyllama.read_ggml(path)
     assert header == (len(pieces), 32, 256, 2, n_layers, 16, FORMATS[kind].id) and found_pieces == pieces
     assert list(tensors) == list(tiny.tensors)
     original = Path(path).read_bytes()
@@ -463,7 +463,7 @@ def test_parts_must_fit_together(folder):
     second = (folder / "split.bin.2").read_bytes()
     for damage, reason in [
         (None, "missing"), (second[:-1], "cut short"), (second[:40] + b"x" + second[41:], "vocabulary"),
-        (second.replace(b"w1", b"w4"), "does not fit"), (second[:second.index(b"layers.0.ffn_norm") - 16], "is missing"),
+        (second.replace(b"w1", b"w4"), "w1.weight' is missing"), (second[:second.index(b"layers.0.ffn_norm") - 16], "is missing"),
     ]:
         (folder / "split.bin.2").unlink() if damage is None else (folder / "split.bin.2").write_bytes(damage)
         message = refusal(path)
@@ -1235,6 +1235,11 @@ def test_generate_ends_where_it_should(folder):
     for prompt in ([], [1] * 11):
         with pytest.raises(ValueError, match=f"{len(prompt)} tokens, where 1 to 10 fit"):
             generate(prompt, 1, 10)
+
+    def first(repeat_last_n):                             # after "ba" comes b, unless the b of the prompt counts
+        return list(tinyllama.generate(model, [1, 101, 100], 1, temp=0, repeat_penalty=1000.0, repeat_last_n=repeat_last_n))
+
+    assert first(1) == [101] != first(64)
 
 
 def test_generate_reads_a_prompt_into_a_cache_that_goes_on(folder):

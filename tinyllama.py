@@ -435,8 +435,8 @@ def read_magic(path: str) -> int:
         return magic
 
 
-def read_ggml(path: str) -> tuple[Header, list[bytes], dict[str, Tensor]]:
-    """The header, the tokens' texts and the tensors of one ggml file."""
+def read_ggml(path: str) -> tuple[Header, list[bytes], dict[str, Tensor], dict[str, int]]:
+    """One ggml file, all of a model or one part: the header, the tokens' texts, the tensors, and the sizes of check_tensors."""
     if read_magic(path) != GGML_MAGIC:
         raise ModelError(f"{path}: a GGUF file, where a ggml file is wanted")
     with Reader(path) as r:
@@ -457,7 +457,8 @@ def read_ggml(path: str) -> tuple[Header, list[bytes], dict[str, Tensor]]:
             name = r.text(length, "a tensor's name")
             add_tensor(r, tensors, r.tensor(name, GGML_TYPES, type_id, sizes, r.file.tell(), r.size))
             r.file.seek(tensors[name].nbytes, os.SEEK_CUR)
-        return header, pieces, tensors
+        sizes = {"V": header.n_vocab, "D": header.dim, "HE": header.dim}
+        return header, pieces, tensors, check_tensors(path, {name: t.shape for name, t in tensors.items()}, header.n_layers, sizes)
 
 
 def write_ggml_header(f: BinaryIO, header: Header, pieces: Sequence[bytes]) -> None:
@@ -478,21 +479,17 @@ def part_paths(path: str, parts: int) -> list[str]:
 
 def read_ggml_parts(path: str) -> tuple[Header, list[bytes], dict[str, Tensor], dict[str, int]]:
     """All parts of a ggml model as one: header, tokens' texts, whole tensors, and the sizes of check_tensors."""
-    header, pieces, tensors = read_ggml(path)
-    given = {"V": header.n_vocab, "D": header.dim, "HE": header.dim}
-    sizes = check_tensors(path, {name: t.shape for name, t in tensors.items()}, header.n_layers, given)
+    header, pieces, tensors, sizes = read_ggml(path)
     files = [tensors]
     for other in part_paths(path, sizes["parts"])[1:]:
         if not os.path.exists(other):
             raise ModelError(f"{other}: missing; {path} is the first of {sizes['parts']} parts")
-        other_header, other_pieces, other_tensors = read_ggml(other)
-        if (other_header, other_pieces) != (header, pieces):
-            raise ModelError(f"{other}: its header or vocabulary is not that of {path}: a part of another model")
+        *head, other_tensors, other_sizes = read_ggml(other)
+        if head != [header, pieces] or other_sizes != sizes:
+            raise ModelError(f"{other}: its header, vocabulary or sizes are not those of {path}: a part of another model")
         for name, t in other_tensors.items():
-            if name not in tensors or (t.shape, t.type) != (tensors[name].shape, tensors[name].type):
-                raise ModelError(f"{other}: tensor '{name}' does not fit the one in {path}: a part of another model")
-        if missing := tensors.keys() - other_tensors.keys():
-            raise ModelError(f"{other}: tensor '{min(missing)}' is missing")
+            if t.type is not tensors[name].type:
+                raise ModelError(f"{other}: tensor '{name}' is {t.type.name}, but {tensors[name].type.name} in {path}")
         files.append(other_tensors)
     whole = {}
     for name, spec in architecture(header.n_layers).items():
@@ -592,6 +589,8 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     A process that is killed leaves a file `path.<its number>.tmp`; the next one to write `path` removes it.
     """
     path = os.fspath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ModelError(f"{path}: not a file, so it cannot be written")
     for name in glob.glob(glob.escape(path) + ".*.tmp"):
         if re.fullmatch(r"\.[0-9]+\.tmp", name[len(path):]):         # not those of model.bin.1
             os.remove(name)
@@ -605,7 +604,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        if isinstance(error, OSError) and not error.filename:
+        if isinstance(error, OSError) and error.filename in (None, temporary):
             error.filename = path                         # a full disk does not say which file did not fit
         raise
 
@@ -652,7 +651,11 @@ class Threads:
         self.batches: queue.SimpleQueue = queue.SimpleQueue()
         self.n = n
         for _ in range(n - 1):
-            threading.Thread(target=self._work, daemon=True).start()
+            threading.Thread(target=wait_for_work, args=(self.batches,), daemon=True).start()
+
+    def __del__(self) -> None:
+        for _ in range(self.n - 1):
+            self.batches.put(None)
 
     def run(self, jobs: list[Callable[[], object]], parallel: bool = True) -> None:
         """Call every job and return when all are done; the first exception of one is raised here."""
@@ -665,7 +668,7 @@ class Threads:
         for _ in range(helpers):
             self.batches.put((todo, errors, done))
         try:
-            self._drain(todo, errors)
+            work_off(todo, errors)
             for _ in range(helpers):
                 done.get()
         except BaseException:                             # Ctrl-C: the other threads stop after the job that they are in
@@ -674,24 +677,27 @@ class Threads:
         if errors:
             raise errors[0]
 
-    @staticmethod
-    def _drain(todo: deque, errors: list) -> None:
-        while not errors:
-            try:
-                job = todo.popleft()
-            except IndexError:
-                return
-            try:
-                job()
-            except Exception as error:
-                errors.append(error)
 
-    def _work(self) -> None:
-        while True:
-            todo, errors, done = self.batches.get()
-            self._drain(todo, errors)
-            done.put(None)
-            del todo, errors, done                        # or the last jobs, and the arrays in them, would live until the next
+def work_off(todo: deque, errors: list) -> None:
+    """Do jobs of a list that other threads work on, too, until none is left or one has failed."""
+    while not errors:
+        try:
+            job = todo.popleft()
+        except IndexError:
+            return
+        try:
+            job()
+        except Exception as error:
+            errors.append(error)
+
+
+def wait_for_work(batches: queue.SimpleQueue) -> None:
+    """What the other threads do until they are sent None."""
+    while batch := batches.get():
+        todo, errors, done = batch
+        work_off(todo, errors)
+        done.put(None)
+        del batch, todo, errors, done                     # or the last jobs, and the arrays in them, would live until the next
 
 
 _scratch = threading.local()
@@ -2023,48 +2029,45 @@ def explain(args: argparse.Namespace, model: Model, prompt: str) -> None:
     print(f"\n   {len(stages[2])} tokens are left to draw from. With seed {args.seed} it is {chosen} {show(chosen)}.")
 
 
-def bench(args: argparse.Namespace, model: Model, path: str, runs: int = 5) -> None:
-    """Print a table of speeds: reading 512 tokens and generating 64, medians of several runs, beside the bounds of this machine."""
-    def median_time(function: Callable[[], object], n: int) -> float:
-        function()
-        times = []
-        for _ in range(n):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        return float(np.median(times))
-
-    n = args.threads
-    a, b, c = np.ones((512, 4096), f32), np.ones((n, 1024, 4096), f32), np.empty((n, 512, 1024), f32)
-    gemm = median_time(lambda: model.threads.run([lambda i=i: np.matmul(a, b[i].T, out=c[i]) for i in range(n)]), runs)
-    gemm = n * 512 * 4096 * 1024 / gemm                   # multiply-adds per second
-    w = np.ones((n, 8192, 8192), f32)                     # 256 MB a thread: from memory, not from a cache
-    matvec = median_time(lambda: model.threads.run([lambda i=i: w[i].dot(w[i, 0]) for i in range(n)]), runs)
-    matvec = w.size / matvec
-    del w
-
-    matrices = [m for layer in model.layers for m in (layer.wqkv, layer.wo, layer.w13, layer.w2)]
-    per_token = sum(m.rows * m.cols for m in matrices)
-    parameters = per_token + sum(m.rows * m.cols for m in {id(m): m for m in (model.output, model.tok_embeddings)}.values())
-    rng = np.random.default_rng(0)
-    prompt = rng.integers(0, model.hyper.n_vocab, 512).tolist()
-    pp = 512 / median_time(lambda: forward(model, prompt, Cache(model, 512)), runs)
-    cache = Cache(model, 128)
-    forward(model, prompt[:8], cache)
+def median_seconds(function: Callable[[], object], runs: int) -> float:
+    """The median time of some calls, after one that does not count."""
     times = []
-    for token in prompt[:64]:
+    for _ in range(runs + 1):
         start = time.perf_counter()
-        forward(model, [token], cache)
+        function()
         times.append(time.perf_counter() - start)
-    tg = 1 / float(np.median(times))
+    return float(np.median(times[1:]))
 
-    head = (f"| {os.path.basename(path)} | {sum(m.nbytes for m in {id(m): m for m in [*matrices, model.output, model.tok_embeddings]}.values()) / 2**30:.2f} GiB "
-            f"| {parameters / 1e9:.2f} B | {n} |")
-    generated = per_token + model.output.rows * model.output.cols
-    print("| model | size | parameters | threads | test | tokens/s | bound of this machine | reached |\n"
+
+def machine_bounds(threads: Threads, runs: int) -> tuple[float, float]:
+    """What float32 BLAS makes of this machine, in multiply-adds a second: products of matrices, and of a matrix and a vector."""
+    n = threads.n
+    a, b, c = np.ones((512, 4096), f32), np.ones((n, 1024, 4096), f32), np.empty((n, 512, 1024), f32)
+    w = np.ones((n, 8192, 8192), f32)                     # 256 MB a thread: from memory, not from a cache
+    gemm = median_seconds(lambda: threads.run([lambda i=i: np.matmul(a, b[i].T, out=c[i]) for i in range(n)]), runs)
+    matvec = median_seconds(lambda: threads.run([lambda i=i: w[i].dot(w[i, 0]) for i in range(n)]), runs)
+    return a.size * b.size / 4096 / gemm, w.size / matvec
+
+
+def bench(args: argparse.Namespace, model: Model, path: str, runs: int = 5) -> None:
+    """Print a table of speeds, medians of several runs: reading 512 tokens, generating 64, beside what BLAS would need for them."""
+    gemm, matvec = machine_bounds(model.threads, runs)
+    layers = [m for layer in model.layers for m in (layer.wqkv, layer.wo, layer.w13, layer.w2)]
+    stored = list({id(m): m for m in (*layers, model.tok_embeddings, model.output)}.values())
+    reading = sum(m.rows * m.cols for m in layers)        # weights that a token of the prompt is multiplied with
+    generating = reading + model.output.rows * model.output.cols
+
+    tokens = np.random.default_rng(0).integers(0, model.hyper.n_vocab, 512).tolist()
+    pp = 512 / median_seconds(lambda: forward(model, tokens, Cache(model, 512)), runs)
+    cache = Cache(model, 512)
+    tg = 1 / median_seconds(lambda: forward(model, [tokens[cache.length]], cache), 64)
+
+    head = (f"| {os.path.basename(path)} | {sum(m.nbytes for m in stored) / 2**30:.2f} GiB "
+            f"| {sum(m.rows * m.cols for m in stored) / 1e9:.2f} B | {args.threads} |")
+    print("| model | in memory | parameters | threads | test | tokens/s | with float32 BLAS at its peak | reached |\n"
           "|---|---|---|---|---|---|---|---|\n"
-          f"{head} pp512 | {pp:.2f} | {gemm / per_token:.2f} (float32 GEMM, {2 * gemm / 1e9:.0f} GFLOP/s) | {pp * per_token / gemm:.2f} |\n"
-          f"{head} tg64 | {tg:.2f} | {matvec / generated:.2f} (float32 matvec, {matvec / 1e9:.2f} Gweights/s) | {tg * generated / matvec:.2f} |")
+          f"{head} pp512 | {pp:.2f} | {gemm / reading:.2f} (GEMM, {2 * gemm / 1e9:.0f} GFLOP/s) | {pp * reading / gemm:.2f} |\n"
+          f"{head} tg64 | {tg:.2f} | {matvec / generating:.2f} (matvec, {matvec / 1e9:.2f} Gweights/s) | {tg * generating / matvec:.2f} |")
 
 
 def run(args: argparse.Namespace) -> None:
