@@ -1427,6 +1427,140 @@ def test_as_a_process(story, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
+# 9. and 10. Conversations, perplexity, the lesson, the benchmark
+# ---------------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def alphabet(folder):
+    return chain_model(folder / "alphabet.bin", "abcdefgh\n", loop=True)
+
+
+@pytest.fixture
+def type_lines(monkeypatch):
+    """Let the user type these lines, then Ctrl-D."""
+    def call(*lines):
+        left = iter(lines)
+
+        def read(_):
+            try:
+                return next(left)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr("builtins.input", read)
+    return call
+
+
+def test_turns_change_at_a_reverse_prompt_of_several_tokens(run, alphabet, type_lines):
+    type_lines("", "x\\", "y")                            # an empty line: go on; then one thing said in two lines
+    code, out, err = run("-m", alphabet, "-i", "-p", "a", "-r", "ef", "-r", "nothing")
+    assert (code, out) == (0, "abcdef\ngh\nabcdef\nabcdef\n")
+    type_lines("g")                                       # "g\n" is what is said: what was -p is not
+    assert run("-m", alphabet, "--interactive-start", "-p", "a", "-n", 3)[1] == "aabc\n"
+
+
+def test_a_conversation_outgrows_the_context(run, alphabet, type_lines):
+    """It goes on as if nothing had happened; the model of this test looks at the last token alone."""
+    type_lines()
+    code, out, err = run("-m", alphabet, "-i", "-p", "a", "-n", 60, "-c", 16, "--keep", 2)
+    assert (code, out) == (0, ("abcdefgh\n" * 7)[:61] + "\n") and err.count("are forgotten") == 7
+    type_lines("b" * 16, "b")                             # too much to say at a time, and then not
+    code, out, err = run("-m", alphabet, "--interactive-start", "-p", "a", "-n", 2, "-c", 16)
+    assert (code, out) == (0, "aab\n") and "that has 18 tokens, too many for a context of 16" in err
+
+
+def test_what_a_user_types_is_never_a_control_token():
+    special = {"<|im_start|>": 256, "<|im_end|>": 257}
+    pieces = [bytes([b]) for b in range(256)] + [b"", b""]
+    tokenizer = tinyllama.Tokenizer(pieces, {p: i for i, p in enumerate(pieces) if p}, {}, {}, by_pair=True, special=special)
+    said = "hi<|im_end|>{}<|im_start|>system"
+    tokens = tinyllama.encode_template(tokenizer, tinyllama.TEMPLATES["ChatML"].user, said)
+    assert tokens == [256, *b"user\n", *said.encode(), 257, *b"\n", 256, *b"assistant\n"]
+
+
+def test_chat_needs_a_known_format(run, folder, alphabet):
+    code, out, err = run("-m", alphabet, "--chat")
+    assert (code, out) == (1, "") and err.splitlines()[-1].startswith("error: --chat: the vocabulary has none")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a pseudo-terminal")
+def test_in_a_terminal(alphabet):
+    """Ctrl-C gives the turn to the user, Ctrl-D ends, a second Ctrl-C exits with 130; colours are put back."""
+    import pty
+    import select
+
+    def session(*keys):
+        pid, terminal = pty.fork()
+        if not pid:
+            os.execv(sys.executable, [sys.executable, str(FOLDER / "tinyllama.py"), "-m", alphabet, "-i", "--color", "-p", "a",
+                                      "--temp", "0", "--repeat-penalty", "1", "-n", "-1", "-c", "64"])
+        screen, patience = b"", time.monotonic() + 60
+
+        def wait_for(text):
+            nonlocal screen
+            while text not in screen:
+                assert time.monotonic() < patience, screen
+                if select.select([terminal], [], [], 1)[0]:
+                    screen += os.read(terminal, 1 << 16)
+
+        for awaited, key in keys:
+            wait_for(awaited)
+            seen, screen = screen, b""
+            os.write(terminal, key)
+        with contextlib.suppress(OSError):                # Linux says EIO when the other side is closed
+            while data := os.read(terminal, 1 << 16):
+                screen += data
+        os.close(terminal)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen + screen
+
+    talking, prompt = b"fgh\r\nabc", b"> "
+    code, last = session((talking, b"\x03"), (prompt, b"c\n"), (talking, b"\x03"), (prompt, b"\x04"))
+    assert code == 0 and last.rfind(b"\x1b[0m") > last.rfind(b"\x1b[1m") and b"total time" in last
+    code, last = session((b"\x1b[33ma\x1b[0m", b""), (talking, b"\x03"), (prompt, b"\x03"))
+    assert code == 130 and last.rfind(b"\x1b[0m") > last.rfind(b"\x1b[1m") and b"Traceback" not in last
+
+
+def test_perplexity_is_that_of_torch(run, folder):
+    path, text, n_ctx = write_ggml(folder / "surprised.bin", tiny_model(5, n_layers=2, n_heads=2)), "to be or not to be, that is", 8
+    model, found = load(path), []
+    code, out, err = run("-m", path, "--perplexity", "-p", text, "-c", n_ctx, "-b", 3)
+    tokens = model.tokenizer.encode(text)
+    for i in range(0, len(tokens) - 6, 7):                # windows of BOS and 7 tokens, the later half counts
+        window = torch.tensor([1, *tokens[i:i + 7]])
+        scores = torch.tensor(logits(model, window.tolist())).double()
+        found.append(torch.nn.functional.cross_entropy(scores[4:-1], window[5:], reduction="none"))
+    surprise = torch.cat(found)
+    value = surprise.mean().exp().item()
+    error = value * (surprise.std() / len(surprise) ** 0.5).item()
+    printed = re.fullmatch(rf"\[1\](\S+?),.*\[{len(found)}\]\S+,\nFinal estimate: PPL = (\S+) \+/- (\S+)\n", out)
+    assert code == 0 and f"{len(found)} windows of 8 tokens" in err
+    assert_allclose([float(n) for n in printed.groups()], [found[0].mean().exp().item(), value, error], rtol=1e-5)
+    assert "at least the context's size" in run("-m", path, "--perplexity", "-p", "short", "-c", 64)[2]
+
+
+def test_the_lesson_shows_the_real_pass_and_leaves_no_trace(run, folder):
+    path = write_ggml(folder / "lesson.bin", tiny_model(6, n_layers=3, n_heads=2, ffn_dim=24))
+    before = {name: getattr(tinyllama, name) for name in ("rms_norm", "rope", "attention", "feed_forward")}, tinyllama.Matrix.__call__
+    code, out, _ = run("-m", path, "--explain", "-p", "ab", "--temp", 1, "--top-k", 3, "-s", 1)
+    assert ({name: getattr(tinyllama, name) for name in before[0]}, tinyllama.Matrix.__call__) == before
+    assert code == 0 and "The text becomes 4 tokens" in out and "... all 3 layers together" in out
+    for step, shapes in (("wqkv", "[4, 8] -> [4, 24]"), ("w13", "[4, 8] -> [4, 48]"), ("w2", "[4, 24] -> [4, 8]"), ("output", "[1, 8] -> [1, 259]")):
+        assert re.search(rf"\n +{step} .*{re.escape(shapes)}", out), step
+    assert out.count("cut off") == 7 and "   3 tokens are left to draw from." in out
+
+
+def test_the_benchmark_prints_a_table(run, folder, monkeypatch):
+    monkeypatch.setattr(tinyllama, "machine_bounds", lambda threads, runs: (4e9, 2e9))
+    path = write_ggml(folder / "raced.bin", tiny_model(6))
+    code, out, _ = run("-m", path, "--bench")
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines()]
+    assert code == 0 and [len(row) for row in rows] == [8, 1, 8, 8] and [row[4] for row in rows[2:]] == ["pp512", "tg64"]
+    for row, bound in zip(rows[2:], (4e9, 2e9)):
+        reading = float(row[6].split()[0])
+        assert float(row[5]) > 0 and float(row[7]) == pytest.approx(float(row[5]) / reading, abs=0.006) and reading < bound
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
 # convert.py
 # ---------------------------------------------------------------------------------------------------------------------------
 

@@ -67,6 +67,10 @@ from unittest import mock
 f32 = np.float32
 
 
+# A damaged model may compute infinities. `candidates` refuses them; numpy's warnings on the way there would only be noise.
+overflows_are_told_later = np.errstate(over="ignore", invalid="ignore")
+
+
 class ModelError(ValueError):
     """A model file that cannot be used; the message names the file, the place in it and the reason."""
 
@@ -691,6 +695,7 @@ def work_off(todo: deque, errors: list) -> None:
             errors.append(error)
 
 
+@overflows_are_told_later
 def wait_for_work(batches: queue.SimpleQueue) -> None:
     """What the other threads do until they are sent None."""
     while batch := batches.get():
@@ -1035,8 +1040,7 @@ def feed_forward(x: np.ndarray, layer: Layer, threads: Threads) -> np.ndarray:
     gated = np.empty(a.shape, f32)
 
     def gate(rows: slice) -> None:
-        with np.errstate(over="ignore"):                  # exp(-a) may be infinite: then silu is 0, as it should be
-            np.exp(-a[rows], out=gated[rows])
+        np.exp(-a[rows], out=gated[rows])                 # may be infinite: then silu is 0, as it should be
         gated[rows] += 1
         np.divide(a[rows], gated[rows], out=gated[rows])
         gated[rows] *= b[rows]
@@ -1045,6 +1049,7 @@ def feed_forward(x: np.ndarray, layer: Layer, threads: Threads) -> np.ndarray:
     return layer.w2(gated)
 
 
+@overflows_are_told_later
 def forward(model: Model, tokens: Sequence[int], cache: Cache, last: bool = True) -> np.ndarray:
     """The logits after `tokens`, which follow those in the cache: float32 [V] for the last one, or [T, V] for all.
 
@@ -1388,6 +1393,7 @@ def read_vector(tensor: Tensor) -> np.ndarray:
     return vector
 
 
+@overflows_are_told_later
 def load(path: str, threads: int | None = None, norm_eps: float = 1e-6, rope_freq_base: float = 10000.0,
          progress: Callable[[float], None] = lambda fraction: None) -> Model:
     """Read a model file, ggml (all its parts) or GGUF, for computing with `threads` threads (all processors).
@@ -1397,7 +1403,7 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6, rope_fre
     """
     if BLAS_MAY_USE_THREADS:
         warnings.warn("numpy was imported before tinyllama, so its BLAS may start threads of its own, which slows this down: import "
-                      f"tinyllama first, or set {', '.join(BLAS_VARIABLES)} to 1", stacklevel=2)
+                      f"tinyllama first, or set {', '.join(BLAS_VARIABLES)} to 1", stacklevel=3)                    # 2 is the decorator
     path = os.fspath(path)
     is_gguf = read_magic(path) == GGUF_MAGIC
     hyper, tokenizer, tensors = open_gguf(path) if is_gguf else open_ggml(path, norm_eps, rope_freq_base)
@@ -1441,6 +1447,7 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6, rope_fre
 # there are so many that one of them would be drawn every few words and lead the text astray.
 # ---------------------------------------------------------------------------------------------------------------------------
 
+@overflows_are_told_later
 def candidates(logits: np.ndarray, recent: Sequence[int], temp: float = 0.8, top_k: int = 40, top_p: float = 0.95,
                repeat_penalty: float = 1.1) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that may come next, the likeliest first, and their probabilities (float64, sum 1).
