@@ -489,9 +489,9 @@ def test_damaged_ggml_files_are_refused(folder):
         (ggml_of(tiny, magic=0x67676A74), "'ggjt'"),
         (ggml_of(tiny, ftype=4), "ftype 4"),
         (ggml_of(tiny, n_vocab=4), "dimensions"),
-        (ggml_of(tiny, n_vocab=1 << 30), "too short"),
+        (ggml_of(tiny, n_vocab=1 << 30), "impossible header"), (ggml_of(tiny, n_vocab=1 << 19), "too short"),
         (ggml_of(tiny, n_vocab=-1), "impossible header"),
-        (ggml_of(tiny, n_layers=1 << 30), "need"),
+        (ggml_of(tiny, n_layers=1 << 30), "impossible header"), (ggml_of(tiny, n_layers=1 << 12), "need"),
         (ggml_of(tiny, n_layers=2), "need"),
         (ggml_of(tiny, n_heads=0), "impossible header"),
         (ggml_of(tiny, rot=4), "impossible header"),
@@ -657,6 +657,21 @@ def test_a_damaged_file_is_refused_or_computes(folder, container, data):
         with np.errstate(all="ignore"):                   # weights of 1e38 overflow
             assert logits(model, [1, 3, 4]).shape == (3, 5)
         assert isinstance(model.tokenizer.decode(model.tokenizer.encode("a bc\n\U0001f999", bos=True)), bytes)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_killed_writer_leaves_no_half_file(tmp_path):
+    """The name keeps the old file, and the next writer removes what was left, but not another part's."""
+    path, other = tmp_path / "model.bin", tmp_path / "model.bin.1.77.tmp"
+    path.write_bytes(b"old")
+    other.write_bytes(b"another part's")
+    program = ("import os, signal, sys, tinyllama\n"
+               "with tinyllama.replacing(sys.argv[1]) as f:\n    f.write(bytes(1 << 20))\n    os.kill(os.getpid(), signal.SIGKILL)")
+    assert subprocess.run([sys.executable, "-c", program, path], cwd=FOLDER, check=False).returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 3
+    with tinyllama.replacing(path) as f:
+        f.write(b"new")
+    assert path.read_bytes() == b"new" and sorted(tmp_path.iterdir()) == [path, other]
 
 
 def test_replacing_leaves_the_old_file_or_the_new_one(folder):

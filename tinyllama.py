@@ -265,6 +265,7 @@ def weights(kind: Type, quants: Quants) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------------
 
 GGML_MAGIC, GGUF_MAGIC = 0x67676D6C, 0x46554747
+MAX_TOKENS, MAX_LAYERS, MAX_ENTRIES = 1 << 19, 1 << 12, 1 << 16      # more is damage: not worth the time and memory to read it
 LATER_MAGICS = {0x67676D66: "ggmf", 0x67676A74: "ggjt"}
 GGML_EOS = 2                                              # the ggml file does not say it; every LLaMA tokenizer has it so
 
@@ -445,7 +446,7 @@ def read_ggml(path: str) -> tuple[Header, list[bytes], dict[str, Tensor], dict[s
         raise ModelError(f"{path}: a GGUF file, where a ggml file is wanted")
     with Reader(path) as r:
         header = Header(*r.numbers("I7i", "the header")[1:])
-        if min(header[:-1]) < 1 or header.dim % header.n_heads or header.rot != header.dim // header.n_heads or header.rot % 2:
+        if header.n_vocab > MAX_TOKENS or header.n_layers > MAX_LAYERS or min(header[:-1]) < 1 or header.dim % header.n_heads or header.rot != header.dim // header.n_heads or header.rot % 2:
             raise r.broken(f"impossible header: {dict(header._asdict())}")
         if header.ftype not in GGML_TYPES:
             raise r.broken(f"ftype {header.ftype} is not supported (0 f32, 1 f16, 2 q4_0, 3 q4_1 are)")
@@ -453,7 +454,7 @@ def read_ggml(path: str) -> tuple[Header, list[bytes], dict[str, Tensor], dict[s
             raise r.broken(f"too short for a vocabulary of {header.n_vocab} tokens: damaged or cut short")
         pieces = [r.take(r.number("i", f"the length of token {i}"), f"token {i}") for i in range(header.n_vocab)]
         tensors: dict[str, Tensor] = {}
-        while r.left:
+        while r.left and len(tensors) <= header.n_layers * len(LAYER_TENSORS) + len(MODEL_TENSORS):
             n_dims, length, type_id = r.numbers("3i", f"the header of tensor {len(tensors) + 1}")
             if n_dims not in (1, 2):
                 raise r.broken(f"tensor {len(tensors) + 1} has {n_dims} dimensions: damaged, or more than a model in the file")
@@ -521,7 +522,7 @@ def gguf_value(r: Reader, kind: int, key: str):
         return np.frombuffer(r.take(n * dtype.itemsize, key), dtype)
     if kind != GGUF_STRING:
         raise r.broken(f"'{key}' is an array of type {kind}, which is not supported")
-    if n * 8 > r.left:
+    if n * 8 > r.left or n > MAX_TOKENS:
         raise r.broken(f"'{key}' wants {n} strings, but {r.left} bytes are left: damaged or cut short")
     return [gguf_value(r, GGUF_STRING, key) for _ in range(n)]
 
@@ -533,6 +534,8 @@ def read_gguf(path: str) -> tuple[dict, dict[str, Tensor]]:
         if version not in (2, 3):
             big = version in (2 << 24, 3 << 24)
             raise r.broken("big-endian, which is not supported" if big else f"GGUF version {version} is not supported (2 and 3 are)")
+        if max(n_tensors, n_metadata) > MAX_ENTRIES:
+            raise r.broken(f"{n_tensors} tensors and {n_metadata} metadata: damaged")
         metadata: dict = {}
         for _ in range(n_metadata):
             key = r.text(r.number("Q", "the length of a key"), "a key")
