@@ -552,6 +552,8 @@ def test_damaged_gguf_files_are_refused(folder):
     for data, reason in [
         (good, "it was loaded"),
         (good.replace(b"GGUF\3", b"GGUF\1"), "version 1"),
+        (good[:8] + struct.pack("<Q", 1 << 40) + good[16:], "1099511627776 tensors and"),
+        (good[:16] + struct.pack("<Q", 1 << 40) + good[24:], "and 1099511627776 metadata"),
         (b"GGUF\0\0\0\3" + good[8:], "big-endian"),
         (good[:-33], "cut short"),
         (good + bytes(32), "after the last tensor"),
@@ -722,6 +724,14 @@ def read_matrix(path, *stored):
     matrix = tinyllama.Matrix(tensors, POOLS[1])
     matrix.read(tensors)
     return matrix
+
+
+def test_the_shape_alone_decides_how_a_matrix_is_cut():
+    """So that -t changes no bit: neither the tiles nor the pieces know of the threads."""
+    for shape in ((64, 64), (4096, 4096), (12288, 4096), (4096, 11008)):
+        tensor = tinyllama.Tensor("w", type_of("q4_0"), shape, (("", 0),))
+        cuts = [(m.pieces, [(a, tile.rows) for a, tile in m.tiles]) for m in (tinyllama.Matrix([tensor], POOLS[n]) for n in (1, 4))]
+        assert cuts[0] == cuts[1]
 
 
 def check_matrix(path, stored, n_tokens, rng, cuts):
