@@ -722,7 +722,7 @@ def read_matrix(path, *stored):
         tensors.append(tinyllama.Tensor(f"tensor {i}", type_of(name), (len(data), cols), ((str(path), offset),)))
         offset += data.nbytes
     matrix = tinyllama.Matrix(tensors, POOLS[1])
-    matrix.read(tensors)
+    matrix.read(tensors, np.empty(matrix.nbytes, np.uint8))
     return matrix
 
 

@@ -66,6 +66,10 @@ from unittest import mock
 
 f32 = np.float32
 
+# The C library gives freed memory back to the system, and new pages are slow: it keeps twice the size of the largest array that it
+# saw freed. So it is shown one of 8 MB, and temporary arrays then reuse their memory.
+np.empty(8 << 20, np.uint8)
+
 
 # A damaged model may compute infinities. `candidates` refuses them; numpy's warnings on the way there would only be noise.
 overflows_are_told_later = np.errstate(over="ignore", invalid="ignore")
@@ -113,7 +117,10 @@ class Type(NamedTuple):
 
 def last(field: np.ndarray) -> np.ndarray:
     """[rows, B, ...] -> [B, ..., rows], contiguous."""
-    return np.ascontiguousarray(np.moveaxis(field, 0, -1))
+    if field.dtype.itemsize > 1 or field.shape[-1] % 8:
+        return np.ascontiguousarray(np.moveaxis(field, 0, -1))
+    eights = np.ascontiguousarray(field.view(np.uint64).transpose(1, 2, 0))       # in two steps, within the cache: 2.5 times as fast
+    return eights.view((field.dtype, 8)).swapaxes(-1, -2).reshape(*field.shape[1:], len(field))
 
 
 def scale(field: np.ndarray) -> np.ndarray:
@@ -122,11 +129,10 @@ def scale(field: np.ndarray) -> np.ndarray:
 
 def halves(q: np.ndarray) -> np.ndarray:
     """[rows, B, 16] nibbles of pairs (2j, 2j + 1) -> [B, 16, rows] nibbles of pairs (j, j + 16)."""
-    low = np.uint64(0x0F0F0F0F0F0F0F0F)                   # eight bytes at a time
-    a, b = np.moveaxis(q.view("<u8"), -1, 0)              # weights 0..15 and 16..31
-    even, odd = a & low | (b & low) << np.uint64(4), a >> np.uint64(4) & low | b & ~low
-    pairs = np.stack([even, odd]).view(np.uint8).reshape(2, *a.shape, 8)
-    return pairs.transpose(2, 3, 0, 1).reshape(a.shape[1], 16, a.shape[0])
+    low, four = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(4)
+    a, b = np.ascontiguousarray(q.view(np.uint64).transpose(2, 1, 0))    # [B, rows]: weights 0..15 and 16..31, eight bytes at a time
+    pairs = np.stack([a & low | (b & low) << four, a >> four & low | b & ~low], axis=1)        # [B, even or odd, rows]
+    return pairs.view((np.uint8, 8)).transpose(0, 3, 1, 2).reshape(len(a), 16, -1)
 
 
 def nibbles(n: np.ndarray) -> np.ndarray:
@@ -708,6 +714,12 @@ def wait_for_work(batches: queue.SimpleQueue) -> None:
         del batch, todo, errors, done                     # or the last jobs, and the arrays in them, would live until the next
 
 
+def cache_lines(nbytes: int) -> np.ndarray:
+    """New memory that begins with a cache line, as numpy's own does not: 6 to 8 % faster."""
+    memory = np.empty(nbytes + 64, np.uint8)
+    return memory[-memory.ctypes.data % 64:][:nbytes]
+
+
 _scratch = threading.local()
 
 
@@ -717,19 +729,34 @@ def scratch(name: str, *shape: int, dtype=f32) -> np.ndarray:
     size = math.prod(shape)
     memory = _scratch.__dict__.get(name)
     if memory is None or memory.size < size:
-        memory = _scratch.__dict__[name] = np.empty(size, dtype)
+        memory = _scratch.__dict__[name] = cache_lines(size * np.dtype(dtype).itemsize).view(dtype)
     return memory[:size].reshape(shape)
 
 
-class BlockTile:
-    """Some rows of a matrix of a quantized type, as Quants."""
+class Tile:
+    """Some rows of a matrix. Its `arrays`, by name (shape, dtype), lie in memory that is given to it by `place`."""
+    arrays: dict[str, tuple[tuple[int, ...], type]]
+
+    def sizes(self) -> list[int]:
+        """Bytes of each array, rounded up to whole cache lines."""
+        return [-(-math.prod(shape) * np.dtype(dtype).itemsize // 64) * 64 for shape, dtype in self.arrays.values()]
+
+    def place(self, memory: np.ndarray) -> None:
+        for (name, (shape, dtype)), size in zip(self.arrays.items(), self.sizes()):
+            setattr(self, name, memory[:math.prod(shape) * np.dtype(dtype).itemsize].view(dtype).reshape(shape))
+            memory = memory[size:]
+
+
+class BlockTile(Tile):
+    """Rows of a quantized type, as Quants."""
+    m = None
 
     def __init__(self, kind: Type, rows: int, cols: int):
         n = cols // kind.size
         self.kind, self.rows = kind, rows
-        self.q = np.empty((n, kind.size * kind.bits // 8, rows), np.uint8 if kind.bits == 4 else np.int8)
-        self.d = np.empty((n, rows), f32)
-        self.m = np.empty((n, rows), f32) if kind.offset else None
+        self.arrays = {"q": ((n, kind.size * kind.bits // 8, rows), np.uint8 if kind.bits == 4 else np.int8), "d": ((n, rows), f32)}
+        if kind.offset:
+            self.arrays["m"] = ((n, rows), f32)
 
         eye = np.eye(kind.size, dtype=f32)
         if kind.bits == 4:
@@ -749,10 +776,6 @@ class BlockTile:
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Those rows, [len(rows), cols] float32."""
         return weights(self.kind, Quants(self.q[..., rows], self.d[:, rows], None if self.m is None else self.m[:, rows]))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in (self.q, self.d, self.m) if array is not None)
 
     def inputs(self, x: np.ndarray) -> np.ndarray:
         """x [T, cols] as the methods below want it."""
@@ -810,7 +833,7 @@ class BlockTile:
         np.matmul(x, f, out=out[:, first:last])
 
 
-class DenseTile:
+class DenseTile(Tile):
     """Rows of a matrix of float32, or of 16-bit floats that become float32 when they are used.
 
     numpy widens float16 slowly, since it may be subnormal. Shifted into place as a float32, a float16's bits are its value times
@@ -822,7 +845,7 @@ class DenseTile:
 
     def __init__(self, kind: Type, rows: int, cols: int):
         self.kind, self.rows = kind, rows
-        self.w = np.empty((rows, cols), f32 if kind is F32 else np.int16)
+        self.arrays = {"w": ((rows, cols), f32 if kind is F32 else np.int16)}
 
     def fill(self, row: int, records: np.ndarray) -> bool:
         if self.kind is F16 and np.abs(records).max() >= 128:
@@ -846,10 +869,6 @@ class DenseTile:
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         return self.widen(self.w[rows]) * (self.UNIT if self.kind is F16 else f32(1))
-
-    @property
-    def nbytes(self) -> int:
-        return self.w.nbytes
 
     def inputs(self, x: np.ndarray) -> np.ndarray:
         return x * self.UNIT if self.kind is F16 else x
@@ -884,10 +903,13 @@ class Matrix:
     @property
     def nbytes(self) -> int:
         """Its size in memory."""
-        return sum(tile.nbytes for _, tile in self.tiles)
+        return sum(sum(tile.sizes()) for _, tile in self.tiles)
 
-    def read(self, tensors: Sequence[Tensor]) -> None:
-        """Fill the matrix from the file."""
+    def read(self, tensors: Sequence[Tensor], memory: np.ndarray) -> None:
+        """Fill the matrix, in `memory` of `nbytes` bytes, from the file."""
+        for _, tile in self.tiles:
+            tile.place(memory)
+            memory = memory[sum(tile.sizes()):]
         row = 0
         for tensor in tensors:
             for a, records in read_rows(tensor):
@@ -1411,21 +1433,12 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6, rope_fre
     is_gguf = read_magic(path) == GGUF_MAGIC
     hyper, tokenizer, tensors = open_gguf(path) if is_gguf else open_ggml(path, norm_eps, rope_freq_base)
     pool = Threads(threads or os.cpu_count() or 1)
-    jobs, done, lock, total = [], 0, threading.Lock(), sum(t.nbytes for t in tensors.values() if len(t.shape) == 2)
+    matrices: list[tuple[Matrix, list[Tensor]]] = []
 
     def matrix(*names: str) -> Matrix:
         parts = [tensors[name] for name in names]
-        result = Matrix(parts, pool)
-
-        def job() -> None:
-            nonlocal done
-            result.read(parts)
-            with lock:
-                done += sum(t.nbytes for t in parts)
-                progress(done / total)
-
-        jobs.append(job)
-        return result
+        matrices.append((Matrix(parts, pool), parts))
+        return matrices[-1][0]
 
     tok_embeddings = matrix("tok_embeddings.weight")
     output = matrix("output.weight") if "output.weight" in tensors else tok_embeddings
@@ -1439,7 +1452,19 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6, rope_fre
             ffn_norm=read_vector(tensors[f"layers.{i}.ffn_norm.weight"]),
             w13=matrix(f"{f}.w1.weight", f"{f}.w3.weight"),
             w2=matrix(f"{f}.w2.weight")))
-    pool.run(jobs)
+
+    # One array for all weights: it gets huge pages, and if there is too little memory for the model, that is known at once.
+    sizes = [m.nbytes for m, _ in matrices]
+    memory, done, lock = cache_lines(sum(sizes)), 0, threading.Lock()
+
+    def read(m: Matrix, parts: list[Tensor], end: int) -> None:
+        nonlocal done
+        m.read(parts, memory[end - m.nbytes:end])
+        with lock:
+            done += m.nbytes
+            progress(done / len(memory))
+
+    pool.run([lambda m=m, parts=parts, end=end: read(m, parts, end) for (m, parts), end in zip(matrices, itertools.accumulate(sizes))])
     return Model(hyper, tokenizer, pool, tok_embeddings, layers, read_vector(tensors["norm.weight"]), output)
 
 
