@@ -2120,7 +2120,8 @@ def test_three_scripts_from_checkpoint_to_text(folder, trained):
     tokens = [1, *sp.encode(prompt)]
     exact, rounded = tiny.reference(tokens), logits(q4_0, tokens)
     check(logits(f16, tokens), exact, 1e-5)
-    assert 0.001 < np.abs(rounded - exact).max() / np.abs(exact).max() < 0.5
+    moved = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)               # logits that have nothing to do with them: 1.4
+    assert 0.01 < moved < 0.6, moved
     text = q4_0.tokenizer.decode(list(tinyllama.generate(q4_0, tokens, 20, rng=np.random.default_rng(1), repeat_penalty=1.0)))
     assert written == [prompt + text.decode("utf-8", "replace") + "\n"] * 4
 
