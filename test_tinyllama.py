@@ -1508,41 +1508,52 @@ def test_chat_needs_a_known_format(run, folder, alphabet):
     assert (code, out) == (1, "") and err.splitlines()[-1].startswith("error: --chat: the vocabulary has none")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a pseudo-terminal")
-def test_in_a_terminal(alphabet):
-    """Ctrl-C gives the turn to the user, Ctrl-D ends, a second Ctrl-C exits with 130; colours are put back."""
+def in_terminal(words, *keys):
+    """Run tinyllama.py in a pseudo-terminal, type each key once the text before it was shown; exit code, and the screen since the last."""
     import pty
     import select
 
-    def session(*keys):
-        pid, terminal = pty.fork()
-        if not pid:
-            os.execv(sys.executable, [sys.executable, str(FOLDER / "tinyllama.py"), "-m", alphabet, "-i", "--color", "-p", "a",
-                                      "--temp", "0", "--repeat-penalty", "1", "-n", "-1", "-c", "64"])
-        screen, patience = b"", time.monotonic() + 60
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execv(sys.executable, [sys.executable, str(FOLDER / "tinyllama.py"), "--temp", "0", "--repeat-penalty", "1", *words])
+    screen = seen = b""
+    patience = time.monotonic() + 60
+    for awaited, key in keys:
+        while awaited not in screen:
+            assert time.monotonic() < patience, screen
+            if select.select([terminal], [], [], 1)[0]:
+                screen += os.read(terminal, 1 << 16)
+        seen, screen = screen, b""
+        os.write(terminal, key)
+    with contextlib.suppress(OSError):                    # Linux says EIO when the other side is closed
+        while data := os.read(terminal, 1 << 16):
+            screen += data
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen + screen
 
-        def wait_for(text):
-            nonlocal screen
-            while text not in screen:
-                assert time.monotonic() < patience, screen
-                if select.select([terminal], [], [], 1)[0]:
-                    screen += os.read(terminal, 1 << 16)
 
-        for awaited, key in keys:
-            wait_for(awaited)
-            seen, screen = screen, b""
-            os.write(terminal, key)
-        with contextlib.suppress(OSError):                # Linux says EIO when the other side is closed
-            while data := os.read(terminal, 1 << 16):
-                screen += data
-        os.close(terminal)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen + screen
+needs_terminal = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a pseudo-terminal")
 
+
+@needs_terminal
+def test_in_a_terminal(alphabet):
+    """Ctrl-C gives the turn to the user, Ctrl-D ends, a second Ctrl-C exits with 130; colours are put back."""
+    words = ["-m", alphabet, "-i", "--color", "-p", "a", "-n", "-1", "-c", "64"]
     talking, prompt = b"fgh\r\nabc", b"> "
-    code, last = session((talking, b"\x03"), (prompt, b"c\n"), (talking, b"\x03"), (prompt, b"\x04"))
+    code, last = in_terminal(words, (talking, b"\x03"), (prompt, b"c\n"), (talking, b"\x03"), (prompt, b"\x04"))
     assert code == 0 and last.rfind(b"\x1b[0m") > last.rfind(b"\x1b[1m") and b"total time" in last
-    code, last = session((b"\x1b[33ma\x1b[0m", b""), (talking, b"\x03"), (prompt, b"\x03"))
+    code, last = in_terminal(words, (b"\x1b[33ma\x1b[0m", b""), (talking, b"\x03"), (prompt, b"\x03"))
     assert code == 130 and last.rfind(b"\x1b[0m") > last.rfind(b"\x1b[1m") and b"Traceback" not in last
+
+
+@needs_terminal
+def test_progress_of_a_long_prompt(alphabet):
+    """On a terminal a line counts up, and is gone before the prompt is written; -b cuts the reading into passes, which count together."""
+    prompt = "abcdefg\n" * 8
+    code, screen = in_terminal(["-m", alphabet, "-p", prompt, "-n", "3", "-c", "80", "-b", "16"])
+    shown = [int(n) for n in re.findall(rb"\rreading the prompt (\d+) %", screen)]
+    assert code == 0 and shown == sorted(set(shown)) and len(shown) >= 4 and shown[0] < 50 and b"\r\x1b[K" in screen
+    assert screen.rindex(b"reading the prompt") < screen.rindex(b"\x1b[K") < screen.index((prompt + "abc").replace("\n", "\r\n").encode())
 
 
 def test_perplexity_is_that_of_torch(run, folder):

@@ -26,7 +26,11 @@ nothing else is.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C during the imports: end without a traceback
 
 # Each of our threads calls BLAS for itself, so BLAS must not start threads of its own. It reads these variables only once,
 # when numpy is first imported; they are put back right after, for whoever else may read them.
@@ -53,7 +57,6 @@ import itertools
 import math
 import queue
 import re
-import signal
 import struct
 import threading
 import time
@@ -1577,6 +1580,8 @@ def exit_code(command: Callable[[], None]) -> int:
             stream.reconfigure(errors="replace")          # a terminal that lacks some character gets '?'
     with contextlib.suppress(ValueError):                 # not in a thread
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))          # so that `finally` has its say
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command()
         return 0
@@ -1722,6 +1727,20 @@ class Progress:
             print(f"\r{self.what} {percent} %" if percent < 100 else "\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
+class ReportingLayers(list):
+    """The layers of a model, which say how much of a prompt, read in so many passes, has gone through them."""
+
+    def __init__(self, layers: list[Layer], passes: int, progress: Callable[[float], None]):
+        super().__init__(layers)
+        self.total, self.done, self.progress = len(layers) * passes, 0, progress
+
+    def __iter__(self) -> Iterator[Layer]:
+        for layer in super().__iter__():
+            yield layer
+            self.done += 1
+            self.progress(min(1.0, self.done / self.total))
+
+
 class Screen:
     """Writes text to stdout: tokens as soon as their bytes make whole characters, and colours on a terminal."""
     COLORS = {"plain": "\x1b[0m", "prompt": "\x1b[33m", "user": "\x1b[1m\x1b[32m"}
@@ -1827,16 +1846,23 @@ class Conversation:
         self.cache = Cache(self.model, n_ctx)
         log(f"\n[the context of {n_ctx} tokens (-c) is full: the oldest {n - len(self.tokens)} after the first {keep} are forgotten]")
 
-    def speak(self, stops: Sequence[str] = ()) -> bool:
-        """Generate and write up to n_predict tokens, until one of `stops` or the end of the text; whether that ended it."""
+    def speak(self, prompt: str = "", stops: Sequence[str] = ()) -> bool:
+        """Write `prompt` once it has been read, and up to n_predict tokens, until one of `stops` or the end of the text; whether that
+        ended it."""
         args, left, tail = self.args, self.args.n_predict, ""
         ends = self.model.tokenizer.ends
         while left != 0:
             self.cache.length = min(self.cache.length, len(self.tokens) - 1)          # there must be one to go on from
             unread = self.tokens[self.cache.length:]
-            for token in generate(self.model, unread, left, self.cache, self.rng, args.batch_size, args.repeat_last_n,
+            model = self.model
+            if len(unread) > 32:                          # that may take a while
+                passes = -(-len(unread) // args.batch_size)
+                model = model._replace(layers=ReportingLayers(model.layers, passes, Progress("reading the prompt")))
+            for token in generate(model, unread, left, self.cache, self.rng, args.batch_size, args.repeat_last_n,
                                   self.tokens[:self.cache.length], self.timings, temp=args.temp, top_k=args.top_k,
                                   top_p=args.top_p, repeat_penalty=args.repeat_penalty):
+                self.screen.write(prompt, "prompt")
+                prompt = ""
                 self.tokens.append(token)
                 left -= 1
                 if token in ends:
@@ -1849,6 +1875,7 @@ class Conversation:
             if left == 0 or not conversational(args):
                 break
             self.make_room()
+        self.screen.write(prompt, "prompt")
         self.screen.flush()
         return False
 
@@ -1860,9 +1887,8 @@ def complete(args: argparse.Namespace, model: Model, screen: Screen, prompt: str
     room = args.ctx_size - len(talk.tokens)
     if args.n_predict > room:
         log(f"-n {args.n_predict} is cut to {room}: the prompt has {len(talk.tokens)} tokens, the context {args.ctx_size} (-c)\n")
-    screen.write(prompt, "prompt")
     try:
-        if talk.speak():
+        if talk.speak(prompt):
             log("\n[end of text]")
     finally:
         screen.flush()
@@ -1886,7 +1912,6 @@ def converse(args: argparse.Namespace, model: Model, screen: Screen, prompt: str
     talk, system = Conversation(args, model, screen, timings), ""
     if not args.chat:
         talk.tokens = prompt_tokens(args, model, prompt) if prompt else tokenizer.encode("", bos=True)
-        screen.write(prompt, "prompt")
     else:
         talk.tokens = encode_template(tokenizer, template.opening, "")
         if args.system:
@@ -1896,11 +1921,14 @@ def converse(args: argparse.Namespace, model: Model, screen: Screen, prompt: str
         if talk.keep > args.ctx_size // 4:
             raise ModelError(f"--system: {talk.keep} tokens are too many for a context of {args.ctx_size} (-c)")
     first = prompt if args.chat else None                 # --chat -p TEXT: the first thing that the user says
+    unwritten = "" if args.chat else prompt
     users_turn = args.chat or args.interactive_start or not talk.tokens[1:]
 
     try:
         while True:
             if users_turn:
+                screen.write(unwritten, "prompt")
+                unwritten = ""
                 line = first or screen.ask()
                 first = None
                 if line is None:
@@ -1918,9 +1946,10 @@ def converse(args: argparse.Namespace, model: Model, screen: Screen, prompt: str
             talk.make_room()
             ended = False
             try:
-                ended = talk.speak(args.reverse_prompt)
+                ended = talk.speak(unwritten, args.reverse_prompt)
             except KeyboardInterrupt:
                 screen.flush()
+            unwritten = ""
             if args.chat:                                 # the end belongs to the format, also of an answer that was cut short
                 end = encode_template(tokenizer, template.end, "")
                 talk.tokens += end[1:] if ended else end
