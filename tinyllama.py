@@ -882,7 +882,7 @@ class DenseTile(Tile):
 
     def rows_of(self, x: np.ndarray, first: int, last: int, out: np.ndarray) -> None:
         """out[:, first:last] = the products of those rows, of as many at a time as fit in the cache."""
-        step = last - first if self.kind is F32 else max(1, (1 << 17 if len(x) < MANY_TOKENS else 1 << 21) // self.w.shape[1])
+        step = last - first if self.kind is F32 else max(1, (1 << 18 if len(x) < MANY_TOKENS else 1 << 21) // self.w.shape[1])
         for a in range(first, last, step):
             b = min(a + step, last)
             np.matmul(x, self.widen(self.w[a:b]).T, out=out[:, a:b])
