@@ -1011,7 +1011,8 @@ class Cache:
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight along the last axis (Zhang & Sennrich 2019)."""
-    return x * (weight / np.sqrt(np.einsum("td,td->t", x, x) / f32(x.shape[1]) + f32(eps))[:, None])
+    mean = np.einsum("td,td->t", x, x) / f32(x.shape[1])
+    return x * (1 / np.sqrt(mean + f32(eps)))[:, None] * weight
 
 
 def rope(x: np.ndarray, rotation: np.ndarray) -> np.ndarray:
