@@ -85,35 +85,40 @@ class ModelError(ValueError):
 # ---------------------------------------------------------------------------------------------------------------------------
 # 1. Blocks
 #
-# A 7B model has 6.7 billion weights: 27 GB as float32. Neighbouring weights are of similar size, so a block of 32 can share
-# one scale d, and each weight keeps only a 4-bit number n that says how many d's it is. q4_0, of the ggml format:
+# A 7B model has 6.7 billion weights: 27 GB as float32. To write one token it needs each of them once, so that the fewer bytes they
+# take, the faster it can be, and the smaller the computer. Neighbouring weights are of similar size: a block of 32 can share one
+# scale d, and each weight keeps only a 4-bit number n that says how many d's it is. q4_0, of the ggml format:
 #
 #     |  float32 d  | byte 0 | byte 1 |  ...  | byte 15 |          20 bytes for 32 weights: 5 bits a weight
 #                    \      /
 #      bits 4-7: weight 1  bits 0-3: weight 0                      w = d * (n - 8)           n in 0..15
 #
-# q4_1 adds a float32 m after d, and w = d * n + m. GGUF's blocks have float16 scales, and byte j holds weights j and j + 16.
-# The K types put 256 weights in a record whose blocks have scales of 6 or 8 bits, in units of a float16.
+# q4_1 adds a float32 m after d, and w = d * n + m.
 #
-# All of them fit exactly into one form, in which the program computes. Quants: w = d * (n - zero) + m, with float32 d and m for
-# each block, n in nibbles in GGUF's order or in int8, and the row as the LAST axis, so that numpy works on many rows at once.
-# Each type's `unpack` goes from its records to that form.
+# Why are 4 bits enough? `quantize.py` makes d a seventh of the largest |w|, so that rounding moves a weight by at most d / 2. Of 32
+# numbers from a bell curve the largest is about 2.2 standard deviations: d is 0.3 of them, and a typical error d / sqrt(12), 0.09.
+# So each output of a matrix carries some 9 % of noise. The noises of different outputs have nothing to do with each other, and
+# what comes next sums over thousands of them: what they agree on adds up, the noise mostly cancels. The README has the experiment.
+#
+# In memory all quantized types take one form, in which the program computes: Quants. The row is the LAST axis there, so that one call
+# of numpy works on the same block of many rows; and byte j holds weights j and j + 16, so that its low nibbles are 16 neighbours.
 # ---------------------------------------------------------------------------------------------------------------------------
 
 class Quants(NamedTuple):
+    """w = d * (n - zero) + m, exactly what the file says."""
     q: np.ndarray                   # [B, 16, rows] uint8, weights j and j + 16 in byte j; or [B, 32 or 16, rows] int8
     d: np.ndarray                   # [B, rows] float32
     m: np.ndarray | None = None     # [B, rows] float32
 
 
 class Type(NamedTuple):
-    """A type of tensor: `block` weights in each record `dtype`; quantized ones have an `unpack`, and `bits` in memory."""
+    """A type of tensor: how it is stored, and for the quantized ones what its Quants are like."""
     name: str
-    dtype: np.dtype
-    block: int = 1
-    unpack: Callable[[np.ndarray], Quants] | None = None
-    bits: int = 0
-    zero: int = 0
+    dtype: np.dtype                 # of a record in the file
+    block: int = 1                  # weights in a record
+    unpack: Callable[[np.ndarray], Quants] | None = None          # records [rows, n] -> Quants; None for plain numbers
+    bits: int = 0                   # of an n in memory: 4 (nibbles) or 8
+    zero: int = 0                   # the n that means 0
     size: int = 32                  # weights that share a scale
     offset: bool = False            # whether there is an m
 
@@ -127,7 +132,13 @@ def last(field: np.ndarray) -> np.ndarray:
 
 
 def scale(field: np.ndarray) -> np.ndarray:
+    """[rows, B, ...] numbers -> [B, ..., rows] float32."""
     return last(field).astype(f32)
+
+
+def with_scales(q: np.ndarray, x: np.ndarray) -> Quants:
+    """q, and the d and m of the records x."""
+    return Quants(q, *(scale(x[name]) for name in ("d", "m") if name in x.dtype.names))
 
 
 def halves(q: np.ndarray) -> np.ndarray:
@@ -138,14 +149,49 @@ def halves(q: np.ndarray) -> np.ndarray:
     return pairs.view((np.uint8, 8)).transpose(0, 3, 1, 2).reshape(len(a), 16, -1)
 
 
-def nibbles(n: np.ndarray) -> np.ndarray:
-    """[..., 32, rows] numbers 0..15 -> [..., 16, rows] bytes."""
-    return n[..., :16, :] | n[..., 16:, :] << 4
+def unpack_pairs(x: np.ndarray) -> Quants:
+    return with_scales(halves(x["q"]), x)
 
 
 def low_high(q: np.ndarray) -> np.ndarray:
     """[..., j, rows] bytes -> [..., 2j, rows]: all low nibbles, then all high ones."""
     return np.concatenate([q & 15, q >> 4], axis=-2)
+
+
+def dequantize(blocks: np.ndarray) -> np.ndarray:
+    """The weights of an array of blocks of any quantized type: [..., records] -> [..., weights] float32.
+
+    `quantize.quantize_q4_0` and `quantize_q4_1` are its approximate inverses: quantizing moves a weight by at most d / 2.
+    """
+    kind = TYPE_OF_RECORD[blocks.dtype]
+    return weights(kind, kind.unpack(blocks.reshape(-1, blocks.shape[-1]))).reshape(*blocks.shape[:-1], -1)
+
+
+def weights(kind: Type, quants: Quants) -> np.ndarray:
+    """w = d * (n - zero) + m, as rows: [rows, cols] float32."""
+    q, d, m = quants
+    n = low_high(q) if kind.bits == 4 else q
+    w = d[:, None] * (n.astype(f32) - f32(kind.zero))
+    if m is not None:
+        w += m[:, None]
+    return np.moveaxis(w, -1, 0).reshape(w.shape[-1], -1)
+
+
+def record(*fields: tuple) -> np.dtype:
+    return np.dtype(list(fields))
+
+
+F32, F16, BF16 = Type("f32", np.dtype("<f4")), Type("f16", np.dtype("<f2")), Type("bf16", np.dtype("<u2"))
+Q4_0 = Type("q4_0", record(("d", "<f4"), ("q", "u1", 16)), 32, unpack_pairs, bits=4, zero=8)
+Q4_1 = Type("q4_1", record(("d", "<f4"), ("m", "<f4"), ("q", "u1", 16)), 32, unpack_pairs, bits=4, offset=True)
+
+
+# GGUF's types (skip this at a first reading). Its blocks have float16 scales and byte j holds weights j and j + 16 already. Q5 keeps the fifth
+# bits of 32 weights in 4 bytes; the K types put 256 weights in a record whose blocks have scales of 6 or 8 bits, in units of a float16.
+
+def nibbles(n: np.ndarray) -> np.ndarray:
+    """[..., 32, rows] numbers 0..15 -> [..., 16, rows] bytes."""
+    return n[..., :16, :] | n[..., 16:, :] << 4
 
 
 def fifth_bits(qh: np.ndarray) -> np.ndarray:
@@ -164,21 +210,13 @@ def blocks_of(size: int, *arrays: np.ndarray) -> list[np.ndarray]:
     return [a.reshape(-1, size, a.shape[-1]) if size else a.reshape(-1, a.shape[-1]) for a in arrays]
 
 
-def unpack_pairs(x: np.ndarray) -> Quants:
-    return Quants(halves(x["q"]), scale(x["d"]), scale(x["m"]) if "m" in x.dtype.names else None)
-
-
-def unpack_q4(x: np.ndarray) -> Quants:
-    return Quants(last(x["q"]), scale(x["d"]), scale(x["m"]) if "m" in x.dtype.names else None)
+def unpack_plain(x: np.ndarray) -> Quants:
+    return with_scales(last(x["q"]), x)
 
 
 def unpack_q5(x: np.ndarray) -> Quants:
     n = (low_high(last(x["q"])) | fifth_bits(last(x["h"]))).view(np.int8)
-    return Quants(n, scale(x["d"]), scale(x["m"])) if "m" in x.dtype.names else Quants(n - np.int8(16), scale(x["d"]))
-
-
-def unpack_q8(x: np.ndarray) -> Quants:
-    return Quants(last(x["q"]), scale(x["d"]))
+    return with_scales(n if "m" in x.dtype.names else n - np.int8(16), x)
 
 
 def unpack_k(x: np.ndarray) -> Quants:
@@ -205,22 +243,14 @@ def unpack_q6_k(x: np.ndarray) -> Quants:
     return Quants(*blocks_of(16, n.view(np.int8) - np.int8(32)), *blocks_of(0, scale(x["d"])[:, None] * last(x["scales"])))
 
 
-def record(*fields: tuple) -> np.dtype:
-    return np.dtype(list(fields))
-
-
-F32, F16, BF16 = Type("f32", np.dtype("<f4")), Type("f16", np.dtype("<f2")), Type("bf16", np.dtype("<u2"))
-Q4_0 = Type("q4_0", record(("d", "<f4"), ("q", "u1", 16)), 32, unpack_pairs, bits=4, zero=8)
-Q4_1 = Type("q4_1", record(("d", "<f4"), ("m", "<f4"), ("q", "u1", 16)), 32, unpack_pairs, bits=4, offset=True)
-
 GGML_TYPES = {0: F32, 1: F16, 2: Q4_0, 3: Q4_1}
 GGUF_TYPES = {
     0: F32, 1: F16, 30: BF16,
-    2: Type("Q4_0", record(("d", "<f2"), ("q", "u1", 16)), 32, unpack_q4, bits=4, zero=8),
-    3: Type("Q4_1", record(("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)), 32, unpack_q4, bits=4, offset=True),
+    2: Type("Q4_0", record(("d", "<f2"), ("q", "u1", 16)), 32, unpack_plain, bits=4, zero=8),
+    3: Type("Q4_1", record(("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)), 32, unpack_plain, bits=4, offset=True),
     6: Type("Q5_0", record(("d", "<f2"), ("h", "u1", 4), ("q", "u1", 16)), 32, unpack_q5, bits=8),
     7: Type("Q5_1", record(("d", "<f2"), ("m", "<f2"), ("h", "u1", 4), ("q", "u1", 16)), 32, unpack_q5, bits=8, offset=True),
-    8: Type("Q8_0", record(("d", "<f2"), ("q", "i1", 32)), 32, unpack_q8, bits=8),
+    8: Type("Q8_0", record(("d", "<f2"), ("q", "i1", 32)), 32, unpack_plain, bits=8),
     12: Type("Q4_K", record(("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("q", "u1", 128)), 256, unpack_k, bits=4, offset=True),
     13: Type("Q5_K", record(("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("h", "u1", 32), ("q", "u1", 128)), 256, unpack_k,
              bits=8, offset=True),
@@ -231,25 +261,6 @@ GGUF_TYPE_NAMES = {9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS",
                    21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
                    34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}
 TYPE_OF_RECORD = {t.dtype: t for t in (*GGML_TYPES.values(), *GGUF_TYPES.values()) if t.unpack}
-
-
-def dequantize(blocks: np.ndarray) -> np.ndarray:
-    """The weights of an array of blocks of any quantized type: [..., records] -> [..., weights] float32.
-
-    `quantize.quantize_q4_0` and `quantize_q4_1` are its approximate inverses: quantizing moves a weight by at most d / 2.
-    """
-    kind = TYPE_OF_RECORD[blocks.dtype]
-    return weights(kind, kind.unpack(blocks.reshape(-1, blocks.shape[-1]))).reshape(*blocks.shape[:-1], -1)
-
-
-def weights(kind: Type, quants: Quants) -> np.ndarray:
-    """w = d * (n - zero) + m, as rows: [rows, cols] float32."""
-    q, d, m = quants
-    n = low_high(q) if kind.bits == 4 else q
-    w = d[:, None] * (n.astype(f32) - f32(kind.zero))
-    if m is not None:
-        w += m[:, None]
-    return np.moveaxis(w, -1, 0).reshape(w.shape[-1], -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -628,8 +639,12 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 # ---------------------------------------------------------------------------------------------------------------------------
 # 3. Matrices
 #
-# To write one token a model reads every weight once, so what counts is how fast 4-bit weights become numbers that BLAS can
-# multiply. numpy is fast when one call does much, hence the layout: a matrix is cut into a few wide tiles of rows, and a tile
+# Where the time goes: a token of a 7B model takes 6.6 billion multiplications, nearly all of them here; everything else in the model
+# takes some 3 %. BLAS multiplies float32 numbers only, so what counts is how fast 4-bit weights become such numbers. To write one
+# token each weight is used once, and making the numbers takes longer than multiplying them; a prompt of 512 tokens uses each
+# weight 512 times, so that it is read some 17 times as fast as a text is written.
+#
+# numpy is fast when one call does much, hence the layout: a matrix is cut into a few wide tiles of rows, and a tile
 # keeps the row as its last axis; one numpy call then works on the same block of thousands of rows.
 #
 # Few tokens. A byte b = lo + 16 hi stands in for two weights without a shift, since with lo = b & 15
@@ -948,12 +963,26 @@ class Matrix:
 # ---------------------------------------------------------------------------------------------------------------------------
 # 4. Transformer
 #
-# The model of Touvron et al., "LLaMA" (2023). Each token is a vector of D numbers, its row of tok_embeddings. Every layer adds two
-# things to that vector: what attention finds in the earlier tokens, and what a small feed-forward network makes of the
-# token itself. The output matrix turns the last vector into a score for each token of the vocabulary.
+# The model of Touvron et al., "LLaMA: Open and Efficient Foundation Language Models" (2023). Each position has a vector x of D numbers,
+# which starts as its token's row of tok_embeddings. A layer adds to it twice, and nothing ever happens to it but additions:
 #
-# Attention looks at the keys and values of all earlier positions. They never change, so they are kept in the KV cache, and a
-# new token costs one pass over the weights, however long the text before it is.
+#     x = x + attention(rms_norm(x))           what the positions so far know that matters here
+#     x = x + feed_forward(rms_norm(x))        what follows from it; each position by itself
+#
+# At the end the output matrix makes of the last x a logit for each token of the vocabulary.
+#
+# Attention. From each x come, for each of H heads, a query q (what this position looks for), a key k (what it is found by) and a
+# value v (what it tells), E numbers each. The result is the mean of all values so far, weighted by softmax(q k^T / sqrt(E)): a sum
+# of E products grows like sqrt(E), and without the division softmax would see only the largest.
+#
+# Why a cache. A position's x depends on the positions before it alone, so its keys and values never change when the text goes on.
+# They are kept, and a new token costs one pass over the weights and a look at the cache, instead of all of the text once more. The
+# price is 2 K E numbers for each layer and position: 1 MB a token for 7B. Where K < H, several query heads share keys and values.
+#
+# RoPE (Su et al. 2021). Attention by itself would not know the order of words. So numbers 2i and 2i + 1 of each query and key are taken
+# for a point in the plane and turned by position * frequency[i], frequency[i] = base^(-2i / E): the first pair by a radian a position,
+# the last by a ten-thousandth. The product of two points that were both turned depends on the difference of the two angles:
+# q at 7 and k at 4 fit exactly as q at 103 and k at 100, and a head can learn to look three tokens back.
 # ---------------------------------------------------------------------------------------------------------------------------
 
 class Hyperparameters(NamedTuple):
@@ -1018,8 +1047,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 def rope(x: np.ndarray, rotation: np.ndarray) -> np.ndarray:
     """Rotary position embedding (Su et al. 2021): x [T, heads, E], rotation [T, 1, E / 2] = exp(1j * position * frequency).
 
-    Numbers 2i and 2i + 1 of a head are one point of the plane, turned by an angle that grows with the position. The product of a
-    query and a key then depends on how far apart they are, not on where they are.
+    A pair of numbers (a, b) is taken as the complex number a + ib, and exp(i angle) turns it.
     """
     return (x.view(np.complex64) * rotation).view(f32)
 
@@ -1107,11 +1135,16 @@ def forward(model: Model, tokens: Sequence[int], cache: Cache, last: bool = True
 # ---------------------------------------------------------------------------------------------------------------------------
 # 5. Tokenizer
 #
-# A vocabulary of some ten thousand pieces of text is between letters and words. Byte-pair encoding (Sennrich et al. 2016) cuts a text
-# into them: start from single characters, and merge the adjacent pair that ranks best, again and again. LLaMA's is
-# sentencepiece's: pairs rank by the piece that they become, the space in front belongs to a word, and characters that are no
-# piece become bytes, for which there are 256 tokens. GPT-2's starts from bytes, ranks the pairs themselves, and first cuts the
-# text into words by a pattern.
+# A model could read letters, but then "the" would take three passes through it; or words, but then it could not read one that it has never
+# seen. Tokens are in between: some ten thousand pieces of text, frequent words whole and rare ones in parts, and each piece has a
+# number. Byte-pair encoding (Sennrich et al. 2016) cuts a text into them: start from single characters, and merge the adjacent
+# pair that ranks best, again and again, until no pair is a piece.
+#
+#     " Hello" ->  _ H e l l o  ->  _ H e ll o  ->  _ H ell o ...  ->  _Hello  ->  15043         (_ is a space)
+#
+# LLaMA's is sentencepiece's: pairs rank by the piece that they become, the space in front belongs to a word, and characters that are
+# no piece become bytes, for which there are 256 tokens: any text has tokens, and gets back from them. GPT-2's starts from bytes,
+# ranks the pairs themselves, and first cuts the text into words by a pattern.
 # ---------------------------------------------------------------------------------------------------------------------------
 
 def merge(symbols: list[bytes], rank: Callable[[bytes, bytes], float | None]) -> list[bytes]:
@@ -1475,8 +1508,9 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6, rope_fre
 # ---------------------------------------------------------------------------------------------------------------------------
 # 7. Sampling
 #
-# The logits become probabilities, and one token is drawn. Unlikely tokens are cut off first (top-k, top-p): each is improbable, but
-# there are so many that one of them would be drawn every few words and lead the text astray.
+# softmax makes probabilities of the logits, p = exp(logit / temp) / sum: a temp below 1 makes likely tokens likelier, at 0 the likeliest
+# is certain. One is drawn, it becomes part of the text, and so on. Unlikely tokens are cut off before (top-k; top-p, Holtzman et
+# al. 2020): each is improbable, but there are so many that one would be drawn every few words and lead the text astray.
 # ---------------------------------------------------------------------------------------------------------------------------
 
 @overflows_are_told_later
