@@ -186,8 +186,9 @@ Q4_0 = Type("q4_0", record(("d", "<f4"), ("q", "u1", 16)), 32, unpack_pairs, bit
 Q4_1 = Type("q4_1", record(("d", "<f4"), ("m", "<f4"), ("q", "u1", 16)), 32, unpack_pairs, bits=4, offset=True)
 
 
-# GGUF's types (skip this at a first reading). Its blocks have float16 scales and byte j holds weights j and j + 16 already. Q5 keeps the fifth
-# bits of 32 weights in 4 bytes; the K types put 256 weights in a record whose blocks have scales of 6 or 8 bits, in units of a float16.
+# GGUF's types: skip them at a first reading. Its blocks have float16 scales, and byte j holds weights j and j + 16 already. Q5
+# keeps the fifth bits of 32 weights in 4 bytes; the K types put 256 weights in a record whose blocks have scales of 6 or 8 bits, in
+# units of a float16.
 
 def nibbles(n: np.ndarray) -> np.ndarray:
     """[..., 32, rows] numbers 0..15 -> [..., 16, rows] bytes."""
@@ -466,7 +467,8 @@ def read_ggml(path: str) -> tuple[Header, list[bytes], dict[str, Tensor], dict[s
         raise ModelError(f"{path}: a GGUF file, where a ggml file is wanted")
     with Reader(path) as r:
         header = Header(*r.numbers("I7i", "the header")[1:])
-        if header.n_vocab > MAX_TOKENS or header.n_layers > MAX_LAYERS or min(header[:-1]) < 1 or header.dim % header.n_heads or header.rot != header.dim // header.n_heads or header.rot % 2:
+        if (min(header[:-1]) < 1 or header.n_vocab > MAX_TOKENS or header.n_layers > MAX_LAYERS or header.dim % header.n_heads
+                or header.rot != header.dim // header.n_heads or header.rot % 2):
             raise r.broken(f"impossible header: {dict(header._asdict())}")
         if header.ftype not in GGML_TYPES:
             raise r.broken(f"ftype {header.ftype} is not supported (0 f32, 1 f16, 2 q4_0, 3 q4_1 are)")
@@ -1138,9 +1140,9 @@ def forward(model: Model, tokens: Sequence[int], cache: Cache, last: bool = True
 # A model could read letters, but then "the" would take three passes through it; or words, but then it could not read one that it has never
 # seen. Tokens are in between: some ten thousand pieces of text, frequent words whole and rare ones in parts, and each piece has a
 # number. Byte-pair encoding (Sennrich et al. 2016) cuts a text into them: start from single characters, and merge the adjacent
-# pair that ranks best, again and again, until no pair is a piece.
+# pair that ranks best, again and again, until no pair is a piece. If `he` ranks before `th`, and both before `the` and `then`:
 #
-#     " Hello" ->  _ H e l l o  ->  _ H e ll o  ->  _ H ell o ...  ->  _Hello  ->  15043         (_ is a space)
+#     t h e n   ->   t he n   ->   the n   ->   then   ->   its number
 #
 # LLaMA's is sentencepiece's: pairs rank by the piece that they become, the space in front belongs to a word, and characters that are
 # no piece become bytes, for which there are 256 tokens: any text has tokens, and gets back from them. GPT-2's starts from bytes,
