@@ -1480,8 +1480,10 @@ def test_turns_change_at_a_reverse_prompt_of_several_tokens(run, alphabet, type_
     type_lines("", "x\\", "y")                            # an empty line: go on; then one thing said in two lines
     code, out, err = run("-m", alphabet, "-i", "-p", "a", "-r", "ef", "-r", "nothing")
     assert (code, out) == (0, "abcdef\ngh\nabcdef\nabcdef\n")
+    type_lines("")                                        # a prompt that ends in one gives the first turn to the user
+    assert run("-m", alphabet, "-p", "ab", "-r", "b")[1] == "ab\ncdefgh\nab\n"
     type_lines("g")                                       # "g\n" is what is said: what was -p is not
-    assert run("-m", alphabet, "--interactive-start", "-p", "a", "-n", 3)[1] == "aabc\n"
+    assert run("-m", alphabet, "--interactive-start", "-p", "a", "-n", 3)[1] == "a\nabc\n"
 
 
 def test_a_conversation_outgrows_the_context(run, alphabet, type_lines):

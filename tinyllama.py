@@ -1959,12 +1959,13 @@ def converse(args: argparse.Namespace, model: Model, screen: Screen, prompt: str
             raise ModelError(f"--system: {talk.keep} tokens are too many for a context of {args.ctx_size} (-c)")
     first = prompt if args.chat else None                 # --chat -p TEXT: the first thing that the user says
     unwritten = "" if args.chat else prompt
-    users_turn = args.chat or args.interactive_start or not talk.tokens[1:]
+    users_turn = args.chat or args.interactive_start or not talk.tokens[1:] or prompt.endswith(tuple(args.reverse_prompt))
 
     try:
         while True:
             if users_turn:
                 screen.write(unwritten, "prompt")
+                screen.write("\n" * bool(unwritten))
                 unwritten = ""
                 line = first or screen.ask()
                 first = None
