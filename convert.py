@@ -25,8 +25,23 @@ import warnings
 import zipfile
 from typing import TYPE_CHECKING, Iterator
 
-from tinyllama import (BF16, F16, F32, GGML_EOS, GGML_TYPES, UNKNOWN_PIECE, Header, ModelError, check_tensors, exit_code, log,
-                       part_paths, replacing, write_ggml_header, write_ggml_tensor_header)
+from tinyllama import (
+    BF16,
+    F16,
+    F32,
+    GGML_EOS,
+    GGML_TYPES,
+    UNKNOWN_PIECE,
+    Header,
+    ModelError,
+    check_tensors,
+    exit_code,
+    log,
+    part_paths,
+    replacing,
+    write_ggml_header,
+    write_ggml_tensor_header,
+)
 
 if TYPE_CHECKING:                                         # importing torch takes two seconds, too long for --help
     import torch

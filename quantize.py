@@ -18,10 +18,30 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import BinaryIO, Callable, Iterable, Iterator, Sequence
 
-from tinyllama import (F32, GGML_TYPES, Q4_0, Q4_1, Header, ModelError, Tensor, Type, exit_code, f32, number,
-                       part_paths, read_ggml, read_ggml_parts, read_rows, read_vector, replacing, write_ggml_header,
-                       write_ggml_tensor_header)
-import numpy as np                                        # after tinyllama, which sets it up
+from tinyllama import (
+    F32,
+    GGML_TYPES,
+    Q4_0,
+    Q4_1,
+    Header,
+    ModelError,
+    Tensor,
+    Type,
+    exit_code,
+    f32,
+    number,
+    part_paths,
+    read_ggml,
+    read_ggml_parts,
+    read_rows,
+    read_vector,
+    replacing,
+    write_ggml_header,
+    write_ggml_tensor_header,
+)
+
+# isort: split
+import numpy as np  # after tinyllama, which sets it up
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # 1. Weights to blocks
