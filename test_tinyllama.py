@@ -701,8 +701,8 @@ def test_replacing_leaves_the_old_file_or_the_new_one(folder):
 # ---------------------------------------------------------------------------------------------------------------------------
 
 # Tiles, pieces and threads begin at sizes that would take long to test, so that the sizes are made small.
-CUTS = [{}, {"SMALL": 1}, {"SMALL": 1, "TILE_ROWS": 64, "GEMM_ROWS": 16, "MIN_JOBS": 3},
-        {"SMALL": 1, "TILE_ROWS": 128, "GEMM_ROWS": 48, "MIN_JOBS": 9}]
+CUTS = [{}, {"SMALL": 1}, {"SMALL": 1, "TILE_ROWS": 64, "GEMM_ROWS": 16, "JOBS": 3},
+        {"SMALL": 1, "TILE_ROWS": 128, "GEMM_ROWS": 48, "JOBS": 9}]
 
 
 @contextlib.contextmanager
@@ -730,7 +730,7 @@ def test_the_shape_alone_decides_how_a_matrix_is_cut():
     """So that -t changes no bit: neither the tiles nor the pieces know of the threads."""
     for shape in ((64, 64), (4096, 4096), (12288, 4096), (4096, 11008)):
         tensor = tinyllama.Tensor("w", type_of("q4_0"), shape, (("", 0),))
-        cuts = [(m.pieces, [(a, tile.rows) for a, tile in m.tiles]) for m in (tinyllama.Matrix([tensor], POOLS[n]) for n in (1, 4))]
+        cuts = [(m.splits, [(a, tile.rows) for a, tile in m.tiles]) for m in (tinyllama.Matrix([tensor], POOLS[n]) for n in (1, 4))]
         assert cuts[0] == cuts[1]
 
 
