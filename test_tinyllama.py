@@ -541,16 +541,25 @@ def test_damaged_gguf_files_are_refused(folder):
     tiny, path, q = tiny_model(0, "F32", **TINIEST), folder / "bad.gguf", "blk.0.attn_q.weight"
     metadata, tensors = gguf_parts(tiny)
     good = pack_gguf(metadata, tensors)
+    even = gguf_parts(tiny_model(0, "F32", **{**TINIEST, "pieces": [*TINIEST["pieces"], b"d"]}))       # can be halved
     type_and_offset = good.rindex(struct.pack("<IQ", 0, 32 * (len(tensors) - 1)))           # of the last tensor
 
     def with_tensor(*tensor):
         return pack_gguf(metadata, [tensor if t[0] == tensor[0] else t for t in tensors])
+
+    def half(tensor):
+        """As a part of two would have it, if GGUF had parts."""
+        name, kind, sizes, raw = tensor
+        by_columns = any(key in name for key in ("token_embd", "attn_output", "ffn_down"))
+        halved = sizes if "norm" in name else (sizes[0] // 2, sizes[1]) if by_columns else (sizes[0], sizes[1] // 2)
+        return name, kind, halved, raw[:len(raw) * math.prod(halved) // math.prod(sizes)]
 
     def with_offset(offset):
         return good[:type_and_offset + 4] + struct.pack("<Q", offset) + good[type_and_offset + 12:]
 
     for data, reason in [
         (good, "it was loaded"),
+        (pack_gguf(even[0], list(map(half, even[1]))), "shape"),
         (good.replace(b"GGUF\3", b"GGUF\1"), "version 1"),
         (good[:8] + struct.pack("<Q", 1 << 40) + good[16:], "1099511627776 tensors and"),
         (good[:16] + struct.pack("<Q", 1 << 40) + good[24:], "and 1099511627776 metadata"),
@@ -1226,8 +1235,8 @@ def test_nan_is_not_sampled():
         tinyllama.sample(np.array([0, np.nan, 1], np.float32), [], np.random.default_rng(0))
 
 
-def chain_model(path, text, loop=False):
-    """A model with byte tokens that goes on with the next byte of `text`, all of them different, and after the last one ends the
+def chain_model(path, text, loop=False, write=write_ggml):
+    """A model with byte tokens (3 + the byte) that goes on with the next byte of `text`, all of them different, and after the last one ends the
     text or begins again. Its layers do nothing, and the output's row of a token is the embedding of the token before."""
     tiny = tiny_model(0, n_heads=2, head_dim=64)
     for name, (form, data) in tiny.tensors.items():
@@ -1240,7 +1249,7 @@ def chain_model(path, text, loop=False):
         output[following] = embeddings[token]
     tiny.tensors["tok_embeddings.weight"] = "f32", embeddings.view(np.uint8)
     tiny.tensors["output.weight"] = "f32", output.view(np.uint8)
-    return write_ggml(path, tiny)
+    return write(path, tiny)
 
 
 def test_generate_ends_where_it_should(folder):
@@ -1505,6 +1514,34 @@ def test_what_a_user_types_is_never_a_control_token():
     assert tokens == [256, *b"user\n", *said.encode(), 257, *b"\n", 256, *b"assistant\n"]
 
 
+def test_a_chat_in_llama_2s_format(run, folder, type_lines, monkeypatch):
+    """Every token that the model reads: system text and user's lines in the format's places, the model's answers, and nothing else.
+    A line that is too long changes nothing."""
+    def write(path, tiny):
+        metadata, _ = gguf_parts(tiny)
+        tokens = metadata["tokenizer.ggml.tokens"]
+        return write_gguf(path, tiny, {"tokenizer.ggml.tokens": [tokens[0], "<s>", "</s>", *tokens[3:]]})
+
+    path, read, forward = chain_model(folder / "chat.gguf", "]ok", write=write), [], tinyllama.forward
+    monkeypatch.setattr(tinyllama, "forward", lambda model, tokens, cache: read.extend(tokens) or forward(model, tokens, cache))
+    type_lines("x" * 500, "hello</s>", "again")
+    code, out, err = run("-m", path, "--chat", "--system", "Be brief.", "-c", 400)
+    assert (code, out) == (0, "ok\nok\n") and "too many for a context of 400" in err and "chat format: Llama 2" in err
+
+    def text(words):
+        return [3 + b for b in words.encode()]
+
+    assert read == [1, *text(" [INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nhello</s> [/INST]"), *text("ok"), 2,
+                    1, *text(" [INST] again [/INST]"), *text("ok")]
+
+
+def test_a_prompt_of_one_token_without_bos_is_a_prompt(run, folder, type_lines):
+    changes = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_space_prefix": False}
+    path = chain_model(folder / "no_bos.gguf", "abc", write=lambda path, tiny: write_gguf(path, tiny, changes))
+    type_lines()
+    assert run("-m", path, "-i", "-p", "a")[:2] == (0, "abc\n")
+
+
 def test_chat_needs_a_known_format(run, folder, alphabet):
     code, out, err = run("-m", alphabet, "--chat")
     assert (code, out) == (1, "") and err.splitlines()[-1].startswith("error: --chat: the vocabulary has none")
@@ -1573,7 +1610,8 @@ def test_perplexity_is_that_of_torch(run, folder):
     printed = re.fullmatch(rf"\[1\](\S+?),.*\[{len(found)}\]\S+,\nFinal estimate: PPL = (\S+) \+/- (\S+)\n", out)
     assert code == 0 and f"{len(found)} windows of 8 tokens" in err
     assert_allclose([float(n) for n in printed.groups()], [found[0].mean().exp().item(), value, error], rtol=1e-5)
-    assert "at least the context's size" in run("-m", path, "--perplexity", "-p", "short", "-c", 64)[2]
+    for n_ctx in (1, 3, 64):
+        assert "at least the context's size" in run("-m", path, "--perplexity", "-p", "short", "-c", n_ctx)[2]
 
 
 def test_the_lesson_shows_the_real_pass_and_leaves_no_trace(run, folder):
