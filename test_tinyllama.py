@@ -1626,14 +1626,23 @@ def test_the_lesson_shows_the_real_pass_and_leaves_no_trace(run, folder):
 
 
 def test_the_benchmark_prints_a_table(run, folder, monkeypatch):
-    monkeypatch.setattr(tinyllama, "machine_bounds", lambda threads, runs: (4e9, 2e9))
+    small = tinyllama.blas_products
+    monkeypatch.setattr(tinyllama, "blas_products", lambda threads: small(threads, size=64))
     path = write_ggml(folder / "raced.bin", tiny_model(6))
     code, out, _ = run("-m", path, "--bench")
     rows = [line.strip("| ").split(" | ") for line in out.splitlines()]
     assert code == 0 and [len(row) for row in rows] == [8, 1, 8, 8] and [row[4] for row in rows[2:]] == ["pp512", "tg64"]
-    for row, bound in zip(rows[2:], (4e9, 2e9)):
-        reading = float(row[6].split()[0])
-        assert float(row[5]) > 0 and float(row[7]) == pytest.approx(float(row[5]) / reading, abs=0.006) and reading < bound
+    n = 4 * 8 * 8 + 3 * 8 * 8                             # wq wk wv wo, w1 w2 w3; for a token that is written, the output, too
+    for row, weights, multiplications in zip(rows[2:], (n, n + 259 * 8), (5e8, 1e9)):       # in a GFLOP, and in a Gweight
+        bound, speed = float(row[6].split()[0]), float(re.search(r", ([0-9.]+) G", row[6])[1])
+        assert bound * weights == pytest.approx(speed * multiplications, rel=0.3)            # GFLOP/s have no decimals
+        assert float(row[5]) > 0 and float(row[7]) == pytest.approx(float(row[5]) / bound, abs=0.006)
+
+
+def test_the_products_of_the_benchmark_are_as_large_as_it_says():
+    (gemm, n_gemm), (matvec, n_matvec) = tinyllama.blas_products(POOLS[2], size=64).values()
+    assert (n_gemm, n_matvec) == (512 * 32 * 1024 * 2, 64 * 64 * 2)
+    gemm(), matvec()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -670,7 +670,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 # 3. Matrices
 #
 # Where the time goes: a token of a 7B model takes 6.6 billion multiplications, nearly all of them here; everything else in the model
-# takes some 3 %. BLAS multiplies float32 numbers only, so what counts is how fast 4-bit weights become such numbers. To write one
+# takes some 2 %. BLAS multiplies float32 numbers only, so what counts is how fast 4-bit weights become such numbers. To write one
 # token each weight is used once, and making the numbers takes longer than multiplying them. A prompt of 512 tokens uses each weight
 # 512 times, and so a token of it takes a seventeenth of the time.
 #
@@ -2160,41 +2160,44 @@ def explain(args: argparse.Namespace, model: Model, prompt: str) -> None:
     print(f"\n   {len(stages[2])} tokens are left to draw from. With seed {args.seed} it is {chosen} {show(chosen)}.")
 
 
-def median_seconds(function: Callable[[], object], runs: int) -> float:
-    """The median time of some calls, after one that does not count."""
-    times = []
-    for _ in range(runs + 1):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
+def blas_products(threads: Threads, size: int = 8192) -> dict[str, tuple[Callable[[], None], int]]:
+    """Products of float32 matrices, and of a matrix and a vector, by BLAS on all threads, and the number of their multiplications.
+
+    The matrix for the vector has 256 MB a thread, to come from memory like the weights of a model and not from a cache.
+    """
+    n, half = threads.n, size // 2
+    a, b, c = np.ones((512, half), f32), np.ones((n, 1024, half), f32), np.empty((n, 512, 1024), f32)
+    w = np.ones((n, size, size), f32)
+    return {"GEMM": (lambda: threads.run([lambda i=i: np.matmul(a, b[i].T, out=c[i]) for i in range(n)]), len(a) * b.size),
+            "matvec": (lambda: threads.run([lambda i=i: w[i].dot(w[i, 0]) for i in range(n)]), w.size)}
 
 
-def machine_bounds(threads: Threads, runs: int) -> tuple[float, float]:
-    """What float32 BLAS makes of this machine, in multiply-adds a second: products of matrices, and of a matrix and a vector."""
-    n = threads.n
-    a, b, c = np.ones((512, 4096), f32), np.ones((n, 1024, 4096), f32), np.empty((n, 512, 1024), f32)
-    w = np.ones((n, 8192, 8192), f32)                     # 256 MB a thread: from memory, not from a cache
-    gemm = median_seconds(lambda: threads.run([lambda i=i: np.matmul(a, b[i].T, out=c[i]) for i in range(n)]), runs)
-    matvec = median_seconds(lambda: threads.run([lambda i=i: w[i].dot(w[i, 0]) for i in range(n)]), runs)
-    return a.size * b.size / 4096 / gemm, w.size / matvec
+def bench(args: argparse.Namespace, model: Model, path: str, rounds: int = 5) -> None:
+    """Print a table of speeds: reading 512 tokens and generating 64, beside what BLAS would need for their products alone.
 
-
-def bench(args: argparse.Namespace, model: Model, path: str, runs: int = 5) -> None:
-    """Print a table of speeds, medians of several runs: reading 512 tokens, generating 64, beside what BLAS would need for them."""
-    gemm, matvec = machine_bounds(model.threads, runs)
+    They take turns, since a machine's speed changes from minute to minute; medians over all rounds but the first.
+    """
     layers = [m for layer in model.layers for m in (layer.wqkv, layer.wo, layer.w13, layer.w2)]
     stored = list({id(m): m for m in (*layers, model.tok_embeddings, model.output)}.values())
     reading = sum(m.rows * m.cols for m in layers)        # weights that a token of the prompt is multiplied with
     generating = reading + model.output.rows * model.output.cols
-
     tokens = np.random.default_rng(0).integers(0, model.hyper.n_vocab, 512).tolist()
-    pp = 512 / median_seconds(lambda: forward(model, tokens, Cache(model, 512)), runs)
-    cache = Cache(model, 512)
-    tg = 1 / median_seconds(lambda: forward(model, [tokens[cache.length]], cache), 64)
+    cache, blas = Cache(model, 512), blas_products(model.threads)
+    turns = {"GEMM": (blas["GEMM"][0], 3), "pp512": (lambda: forward(model, tokens, Cache(model, 512)), 1),
+             "matvec": (blas["matvec"][0], 3), "tg64": (lambda: forward(model, [tokens[cache.length]], cache), 13)}
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for i in range(rounds + 1):
+        for name, (function, repeats) in turns.items():
+            for _ in range(repeats):
+                start = time.perf_counter()
+                function()
+                times[name] += [time.perf_counter() - start] if i else []
+    seconds = {name: float(np.median(t)) for name, t in times.items()}
+    gemm, matvec = (n / seconds[name] for name, (_, n) in blas.items())       # multiplications a second
+    pp, tg = 512 / seconds["pp512"], 1 / seconds["tg64"]
 
     head = (f"| {os.path.basename(path)} | {sum(m.nbytes for m in stored) / 2**30:.2f} GiB "
-            f"| {sum(m.rows * m.cols for m in stored) / 1e9:.2f} B | {args.threads} |")
+            f"| {sum(m.rows * m.cols for m in stored) / 1e9:.3f} B | {args.threads} |")
     print("| model | in memory | parameters | threads | test | tokens/s | with float32 BLAS at its peak | reached |\n"
           "|---|---|---|---|---|---|---|---|\n"
           f"{head} pp512 | {pp:.2f} | {gemm / reading:.2f} (GEMM, {2 * gemm / 1e9:.0f} GFLOP/s) | {pp * reading / gemm:.2f} |\n"
