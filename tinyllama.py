@@ -1083,7 +1083,9 @@ class Cache:
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight along the last axis (Zhang & Sennrich 2019)."""
     mean = np.einsum("td,td->t", x, x) / f32(x.shape[1])
-    return x * (1 / np.sqrt(mean + f32(eps)))[:, None] * weight
+    normed = x * (1 / np.sqrt(mean + f32(eps)))[:, None]
+    normed *= weight
+    return normed
 
 
 def rope(x: np.ndarray, rotation: np.ndarray) -> np.ndarray:
@@ -1110,7 +1112,7 @@ def attention(x: np.ndarray, layer: Layer, model: Model, rotation: np.ndarray, c
     """x [T, D] -> wo(softmax(q k^T / sqrt(E)) v) [T, D]; each of K key/value heads serves H / K query heads."""
     h, n_tokens, start = model.hyper, len(x), cache.length
     q, k, v = np.split(layer.wqkv(x), [h.n_heads * h.head_dim, (h.n_heads + h.n_kv_heads) * h.head_dim], axis=1)
-    q = rope(q.reshape(n_tokens, h.n_heads, h.head_dim), rotation) / f32(math.sqrt(h.head_dim))
+    q = rope(q.reshape(n_tokens, h.n_heads, h.head_dim), rotation / f32(math.sqrt(h.head_dim)))         # turned and divided at once
     k = rope(k.reshape(n_tokens, h.n_kv_heads, h.head_dim), rotation)
     keys, values = cache.store(index, k, v.reshape(n_tokens, h.n_kv_heads, h.head_dim))     # [K, P, E]
     q = q.reshape(n_tokens, h.n_kv_heads, -1, h.head_dim).transpose(1, 2, 0, 3)             # [K, H / K, T, E]
