@@ -220,7 +220,7 @@ def check_part(path: str, tensors: dict[str, torch.Tensor], header: Header, para
         sizes["KE"] = params["n_kv_heads"] * header.rot
     sizes = check_tensors(path, shapes, header.n_layers, sizes)
     if sizes["parts"] != n_parts:
-        raise ModelError(f"{path}: one of {sizes['parts']} parts, as dim / width of tok_embeddings says, but there are {n_parts}")
+        raise ModelError(f"{path}: one of {sizes['parts']} parts, as the width of its tok_embeddings says, but there are {n_parts}")
     if sizes["KE"] % header.rot or header.n_heads * header.rot % sizes["KE"]:
         raise ModelError(f"{path}: {header.n_heads} heads of {header.rot} cannot share the {sizes['KE']} rows of wk")
     return sizes
@@ -237,7 +237,7 @@ def write_part(source: str, out: str, header: Header, pieces: list[bytes], tenso
             not_finite = too_large = 0
             for old in tensor.detach().split(max(1, CHUNK // tensor[0].numel())):
                 new = old.half() if kind is F16 else old.float()              # rounds to nearest, halves to even
-                if not new.abs().max() < math.inf:                            # nor is a NaN
+                if not new.abs().max() < math.inf:                            # false for a NaN, too
                     not_finite += int((~old.isfinite()).sum())
                     too_large += int((~new.isfinite()).sum())
                 f.write(new.contiguous().numpy().data)
@@ -285,7 +285,8 @@ def convert(folder: str, ftype: int = 1, tokenizer: str | None = None, out: str 
             size += write_part(source, output, header, pieces, tensors)
             del tensors                                   # before the next one is read: some cannot be mapped
     seconds = time.monotonic() - start
-    print(f"total: {len(outputs) - len(kept)} files, {size / MB:.2f} MB in {seconds:.1f} s", flush=True)
+    n = len(outputs) - len(kept)
+    print(f"total: {n} file{'s' * (n > 1)}, {size / MB:.2f} MB in {seconds:.1f} s", flush=True)
     for note in unsaid(params, processor):                # last, where it is seen
         log(f"warning: {note}")
 

@@ -69,8 +69,8 @@ def columns(x: np.ndarray) -> np.ndarray:
 
 
 def inverse(d: np.ndarray) -> np.ndarray:
-    """1 / d, or 0 where that is not finite: where d is 0, or so small that 1 / d is beyond float32. The weights of such a block,
-    times 0, get the nibbles that the original's casts made of its infinities and NaNs."""
+    """1 / d, or 0 where that is not finite, because d is 0 or so small that 1 / d is beyond float32. The original went on with infinities
+    and NaNs there, which its casts made the same nibbles of as 0 makes."""
     with np.errstate(divide="ignore", over="ignore"):
         inverted = f32(1) / d
     return np.where(np.isfinite(inverted), inverted, f32(0))
@@ -95,7 +95,7 @@ def quantize_q4_0(x: np.ndarray) -> np.ndarray:
     x = np.asarray(x)
     v = columns(x)
     d = np.abs(v).max(axis=0) / f32(7)
-    v *= inverse(d)                                       # v / d may differ in the last bit
+    v *= inverse(d)                                       # as the original; v / d can differ in the last bit
     v += np.copysign(HALF, v)
     return join(Q4_0, x.shape, (v.astype(np.int8) + np.int8(8)).view(np.uint8), d=d)
 
@@ -157,7 +157,8 @@ def in_order(pool: Executor, work: Callable, items: Iterable, ahead: int) -> Ite
 
 
 def becomes_blocks(tensor: Tensor) -> bool:
-    return len(tensor.shape) == 2 and tensor.name.endswith("weight")
+    """Matrices do; the norms stay as they are."""
+    return len(tensor.shape) == 2
 
 
 Source = tuple[Header, list[bytes], dict[str, Tensor]]
