@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import accumulate
@@ -634,6 +635,22 @@ def test_damaged_gguf_files_are_refused(folder):
     ]:
         message = refusal(write_gguf(path, tiny, changes))
         assert reason in (message or "it was loaded"), reason
+
+
+def test_a_files_word_alone_allocates_nothing(folder):
+    """Not even a gigabyte of RoPE frequencies for heads that the tensors do not have."""
+    changes = {"llama.attention.key_length": 1 << 28}
+    path = write_gguf(folder / "greedy.gguf", tiny_model(0, "F32", **TINIEST), changes)
+    tracemalloc.start()
+    try:
+        assert "shape" in refusal(path) and tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_rope_factors_are_positive(folder):
+    tensors = [("rope_freqs.weight", 0, (4,), struct.pack("<4f", 1, 0, 1, 1))]
+    assert "not positive" in refusal(write_gguf(folder / "stuck.gguf", tiny_model(0, "F32", n_heads=2, head_dim=8), tensors=tensors))
 
 
 CONTAINERS = {"ggml": lambda tiny: ggml_of(tiny), "gguf": lambda tiny: pack_gguf(*gguf_parts(tiny))}

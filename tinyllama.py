@@ -91,8 +91,8 @@ class ModelError(ValueError):
 # ---------------------------------------------------------------------------------------------------------------------------
 # 1. Blocks
 #
-# A 7B model has 6.7 billion weights: 27 GB as float32. To write one token it needs each of them once, so with fewer bytes it fits
-# into a smaller computer and does not wait for its memory. Neighbouring weights are of similar size: a block of 32 can share one
+# A 7B model has 6.7 billion weights: 27 GB as float32. Writing one token needs nearly all of them once, so a model of fewer bytes
+# fits into a smaller computer and waits less for its memory. Neighbouring weights are of similar size: a block of 32 can share one
 # scale d, and each weight keeps only a 4-bit number n that says how many d's it is. q4_0, of the ggml format:
 #
 #     |  float32 d  | byte 0 | byte 1 |  ...  | byte 15 |          20 bytes for 32 weights: 5 bits a weight
@@ -108,12 +108,12 @@ class ModelError(ValueError):
 # LLaMA 7B's perplexity on wikitext-2 rises from 5.96 to 6.21. The README has an experiment with fewer bits.
 #
 # In memory all quantized types take one form, in which the program computes: Quants. The row is the LAST axis there, so that one call
-# of numpy works on the same block of many rows; and byte j holds weights j and j + 16 (not 2j and 2j + 1 as in ggml's files), so that
-# the low nibbles of a block's 16 bytes are neighbours, and so are the high ones.
+# of numpy works on the same block of many rows; and byte j holds weights j and j + 16 (2j and 2j + 1 in ggml's files), so q & 15 are
+# weights 0 to 15 and q >> 4 weights 16 to 31, in the order of the inputs that they are multiplied with.
 # ---------------------------------------------------------------------------------------------------------------------------
 
 class Quants(NamedTuple):
-    """w = d * (n - zero) + m, exactly what the file says."""
+    """w = d * (n - zero) + m, exactly as in the file; the n are packed into q, and the type says `zero`."""
     q: np.ndarray                   # [B, 16, rows] uint8, weights j and j + 16 in byte j; or [B, 32 or 16, rows] int8
     d: np.ndarray                   # [B, rows] float32
     m: np.ndarray | None = None     # [B, rows] float32
@@ -123,11 +123,11 @@ class Type(NamedTuple):
     """A type of tensor: how it is stored, and for the quantized ones what its Quants are like."""
     name: str
     dtype: np.dtype                 # of a record in the file
-    block: int = 1                  # weights in a record
+    per_record: int = 1             # weights in a record
     unpack: Callable[[np.ndarray], Quants] | None = None          # records [rows, n] -> Quants; None for plain numbers
     bits: int = 0                   # of an n in memory: 4 (nibbles) or 8
     zero: int = 0                   # what is subtracted from n
-    size: int = 32                  # weights that share a scale
+    block: int = 32                 # weights that share a scale
     offset: bool = False            # whether there is an m
 
 
@@ -139,14 +139,14 @@ def rows_last(a: np.ndarray) -> np.ndarray:
     return eights.view((a.dtype, 8)).swapaxes(-1, -2).reshape(*a.shape[1:], len(a))
 
 
-def scale(a: np.ndarray) -> np.ndarray:
+def float_rows_last(a: np.ndarray) -> np.ndarray:
     """[rows, B, ...] numbers -> [B, ..., rows] float32."""
     return rows_last(a).astype(f32)
 
 
 def with_scales(q: np.ndarray, x: np.ndarray) -> Quants:
     """q, and the d and m of the records x."""
-    return Quants(q, *(scale(x[name]) for name in ("d", "m") if name in x.dtype.names))
+    return Quants(q, *(float_rows_last(x[name]) for name in ("d", "m") if name in x.dtype.names))
 
 
 def sixteen_apart(q: np.ndarray) -> np.ndarray:
@@ -214,9 +214,9 @@ def k_scales(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (np.concatenate([a & 63, c & 15 | a >> 6 << 4], axis=1), np.concatenate([b & 63, c >> 4 | b >> 6 << 4], axis=1))
 
 
-def blocks_of(size: int, *arrays: np.ndarray) -> list[np.ndarray]:
-    """[records, n, rows] arrays -> [blocks, size, rows]; with size 0: one number a block, [blocks, rows]."""
-    return [a.reshape(-1, size, a.shape[-1]) if size else a.reshape(-1, a.shape[-1]) for a in arrays]
+def in_blocks(a: np.ndarray, *size: int) -> np.ndarray:
+    """[records, ..., rows] -> [B, size, rows]; without a size, for one number a block: [B, rows]."""
+    return a.reshape(-1, *size, a.shape[-1])
 
 
 def unpack_plain(x: np.ndarray) -> Quants:
@@ -231,16 +231,16 @@ def unpack_q5(x: np.ndarray) -> Quants:
 def unpack_k(x: np.ndarray) -> Quants:
     """Q4_K and Q5_K: w = (d * scale) * n - (dmin * minimum). 32 bytes hold block 2i in their low and 2i + 1 in their high nibbles;
     byte j of h holds bit 4 of weight j of all eight blocks."""
-    q, d, minimum = rows_last(x["q"]), scale(x["d"]), scale(x["dmin"])
+    q, d, minimum = rows_last(x["q"]), float_rows_last(x["d"]), float_rows_last(x["dmin"])
     scales, minima = k_scales(rows_last(x["scales"]))
     n = low_high(q.reshape(-1, 4, 32, q.shape[-1])).reshape(-1, 8, 32, q.shape[-1])
     if "h" in x.dtype.names:
         h = rows_last(x["h"])[:, None]
         n |= (h >> np.arange(8, dtype=np.uint8)[:, None, None] & 1) << 4
-        q, = blocks_of(32, n.view(np.int8))
+        q = in_blocks(n.view(np.int8), 32)
     else:
-        q, = blocks_of(16, nibbles(n))
-    return Quants(q, *blocks_of(0, d[:, None] * scales, -minimum[:, None] * minima))
+        q = in_blocks(nibbles(n), 16)
+    return Quants(q, in_blocks(d[:, None] * scales), in_blocks(-minimum[:, None] * minima))
 
 
 def unpack_q6_k(x: np.ndarray) -> Quants:
@@ -249,7 +249,7 @@ def unpack_q6_k(x: np.ndarray) -> Quants:
     n = low_high(low.reshape(-1, 2, 64, low.shape[-1]))
     pairs = high.reshape(-1, 2, 1, 32, high.shape[-1]) >> np.array([0, 2, 4, 6], np.uint8)[:, None, None] & 3
     n |= pairs.reshape(n.shape) << 4
-    return Quants(*blocks_of(16, n.view(np.int8) - np.int8(32)), *blocks_of(0, scale(x["d"])[:, None] * rows_last(x["scales"])))
+    return Quants(in_blocks(n.view(np.int8) - np.int8(32), 16), in_blocks(float_rows_last(x["d"])[:, None] * rows_last(x["scales"])))
 
 
 GGML_TYPES = {0: F32, 1: F16, 2: Q4_0, 3: Q4_1}
@@ -264,7 +264,7 @@ GGUF_TYPES = {
     13: Type("Q5_K", record(("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("h", "u1", 32), ("q", "u1", 128)), 256, unpack_k,
              bits=8, offset=True),
     14: Type("Q6_K", record(("low", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), ("d", "<f2")), 256, unpack_q6_k,
-             bits=8, size=16),
+             bits=8, block=16),
 }
 GGUF_TYPE_NAMES = {9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
                    21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
@@ -275,7 +275,8 @@ TYPE_OF_RECORD = {t.dtype: t for t in (*GGML_TYPES.values(), *GGUF_TYPES.values(
 # ---------------------------------------------------------------------------------------------------------------------------
 # 2. Model files
 #
-# The ggml file of March 2023, little-endian int32 unless said otherwise; a large model is several such files (parts):
+# The ggml file of March 2023, little-endian int32 unless said otherwise. A large model is several such files, parts,
+# each with a slice of every matrix; how many, the width of their embedding says:
 #
 #     magic 0x67676d6c | V | D | multiple_of | H | layers | D / H | ftype
 #     V times:             length | bytes of the token's text
@@ -320,7 +321,7 @@ class Tensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) // self.type.block * self.type.dtype.itemsize
+        return math.prod(self.shape) // self.type.per_record * self.type.dtype.itemsize
 
 
 class Spec(NamedTuple):
@@ -357,10 +358,10 @@ def architecture(n_layers: int, container: str = "meta") -> dict[str, Spec]:
 
 def check_tensors(where: str, shapes: dict[str, tuple[int, ...]], n_layers: int, sizes: dict[str, int],
                   container: str = "meta", optional: Sequence[str] = ()) -> dict[str, int]:
-    """Raise ModelError unless `shapes` (of one part: a shard's sizes) are those of the architecture; return its sizes.
+    """Raise ModelError unless `shapes` are those of the architecture, and return its sizes.
 
-    `sizes` are V, D, HE, and KE if it is known. Those returned have also F (and KE) as the first layer's matrices say, and "parts", the
-    number of files that the model is cut into, as the width of the embedding says.
+    For one part of a model in several files, they are the part's shapes. `sizes` gives V, D, HE and, if it is known, KE. The result adds
+    F (and KE), from layer 0's matrices, and "parts", the number of files: D over the width of this file's embedding.
     """
     def broken(reason: str) -> ModelError:
         return ModelError(f"{where}: {reason}")
@@ -443,8 +444,8 @@ class Reader:
         kind, shape = types[type_id], tuple(reversed(sizes))
         if min(shape) < 1:
             raise self.broken(f"tensor '{name}' has the impossible shape {list(shape)}")
-        if shape[-1] % kind.block:
-            raise self.broken(f"tensor '{name}' has rows of {shape[-1]} weights, which are not whole blocks of {kind.block}")
+        if shape[-1] % kind.per_record:
+            raise self.broken(f"tensor '{name}' has rows of {shape[-1]} weights, which are not whole blocks of {kind.per_record}")
         tensor = Tensor(name, kind, shape, ((self.path, offset),))
         if offset + tensor.nbytes > end:
             raise self.broken(f"tensor '{name}' at byte {offset} wants {tensor.nbytes} bytes, but the file ends at {end}: "
@@ -606,7 +607,7 @@ def ends_early(tensor: Tensor) -> ModelError:
 def read_rows(tensor: Tensor, step: int = 128) -> Iterator[tuple[int, np.ndarray]]:
     """A matrix from top to bottom: (first row, records [up to `step` rows, records in a row]), its parts put together."""
     by_columns = tensor.axis == 1
-    columns = tensor.shape[-1] // (len(tensor.sources) if by_columns else 1) // tensor.type.block
+    columns = tensor.shape[-1] // (len(tensor.sources) if by_columns else 1) // tensor.type.per_record
     rows = math.prod(tensor.shape[:-1]) // (1 if by_columns else len(tensor.sources))
     first = 0
     for group in [tensor.sources] if by_columns else [[source] for source in tensor.sources]:
@@ -670,7 +671,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 # 3. Matrices
 #
 # Where the time goes: a token of a 7B model takes 6.6 billion multiplications, nearly all of them here; everything else in the model
-# takes some 2 %. BLAS multiplies float32 numbers only, so what counts is how fast 4-bit weights become such numbers. To write one
+# takes some 2 %. BLAS knows no 4-bit numbers, so what counts is how fast the weights become float32. To write one
 # token each weight is used once, and making the numbers takes longer than multiplying them. A prompt of 512 tokens uses each weight
 # 512 times, and so a token of it takes a seventeenth of the time.
 #
@@ -696,14 +697,15 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 # to be extended, with the scale d / 16. m is appended as weights of further inputs, the sums of x over each block.
 #
 # Everything is cut by the shape of the matrix alone, and partial sums are added in their order, not in that of the threads: the number
-# of threads never changes a bit of the result. (The number of tokens in a call may, from the fifth on: that is another sum.)
+# of threads never changes a bit of the result. (The number of tokens in a call may: sums of another shape add up in another order.)
 # ---------------------------------------------------------------------------------------------------------------------------
 
+FEW_AT_A_TIME, MANY_AT_A_TIME = 1 << 18, 1 << 21             # float16 weights that are widened in one call, for few and many tokens
 TILE_ROWS = 5500            # about the rows of a tile: calls that are long, and 33 float32 a row, 0.7 MB, that stay in a 2 MB cache
 MANY_TOKENS = 5             # from here on it pays to make float32 weights
 GEMM_ROWS = 768             # rows of float32 weights, at most, that are made at a time for many tokens
-JOBS = 8                    # a large matrix makes at most about as many; further threads do not help with one token
-SMALL = 1 << 21             # multiplications that take less time than to wake another thread
+JOBS = 8                    # a large matrix is cut into at most about so many; further threads do not help with one token
+SMALL = 1 << 21             # fewer multiplications than this take less time than waking another thread
 
 
 class Threads:
@@ -766,7 +768,7 @@ def wait_for_work(batches: queue.SimpleQueue) -> None:
 
 
 def cache_lines(nbytes: int) -> np.ndarray:
-    """New memory that begins at a cache line, as numpy's own does not: 6 to 8 % faster."""
+    """New memory that begins at a cache line (numpy's own need not): 6 to 8 % faster."""
     memory = np.empty(nbytes + 64, np.uint8)
     return memory[-memory.ctypes.data % 64:][:nbytes]
 
@@ -775,8 +777,8 @@ _scratch = threading.local()
 
 
 def scratch(name: str, *shape: int, dtype=f32) -> np.ndarray:
-    """An array to work in, each thread's own, with any content. The same memory serves every call with that name (and dtype), so the
-    last array of that name must be done with: large new arrays are slow, because the system hands them out page by page."""
+    """An array to work in, with any content, each thread's own: large new arrays are slow, because the system hands them out page by
+    page. Every call with the same name gets the same memory, so it must ask for the same dtype and be done with the last array."""
     size = math.prod(shape)
     memory = _scratch.__dict__.get(name)
     if memory is None or memory.size < size:
@@ -788,32 +790,35 @@ class Tile:
     """Some rows of a matrix. Its `arrays`, by name (shape, dtype), lie in memory that is given to it by `place`."""
     arrays: dict[str, tuple[tuple[int, ...], type]]
 
-    def sizes(self) -> list[int]:
+    def array_bytes(self) -> list[int]:
         """Bytes of each array, rounded up to whole cache lines."""
         return [ceil_div(math.prod(shape) * np.dtype(dtype).itemsize, 64) * 64 for shape, dtype in self.arrays.values()]
 
     def place(self, memory: np.ndarray) -> None:
-        for (name, (shape, dtype)), size in zip(self.arrays.items(), self.sizes()):
+        for (name, (shape, dtype)), size in zip(self.arrays.items(), self.array_bytes()):
             setattr(self, name, memory[:math.prod(shape) * np.dtype(dtype).itemsize].view(dtype).reshape(shape))
             memory = memory[size:]
 
 
 class BlockTile(Tile):
     """Rows of a quantized type, as Quants."""
-    m = None
+    q: np.ndarray                                         # these are set by `place`
+    d: np.ndarray
+    m: np.ndarray | None = None
 
     def __init__(self, kind: Type, rows: int, cols: int):
-        n = cols // kind.size
+        n_blocks = cols // kind.block
         self.kind, self.rows = kind, rows
-        self.arrays = {"q": ((n, kind.size * kind.bits // 8, rows), np.uint8 if kind.bits == 4 else np.int8), "d": ((n, rows), f32)}
+        self.arrays = {"q": ((n_blocks, kind.block * kind.bits // 8, rows), np.uint8 if kind.bits == 4 else np.int8),
+                       "d": ((n_blocks, rows), f32)}
         if kind.offset:
-            self.arrays["m"] = ((n, rows), f32)
+            self.arrays["m"] = ((n_blocks, rows), f32)
 
-        eye = np.eye(kind.size, dtype=f32)
+        eye = np.eye(kind.block, dtype=f32)
         if kind.bits == 4:
             lo, hi = eye[:, :16], eye[:, 16:] / 16
             eye = np.concatenate([lo - hi, hi], axis=1)
-        self.expand = np.concatenate([eye, np.full((kind.size, 1), -kind.zero, f32), np.ones((kind.size, 1), f32)], axis=1)
+        self.expand = np.concatenate([eye, np.full((kind.block, 1), -kind.zero, f32), np.ones((kind.block, 1), f32)], axis=1)
         self.masks = np.array([[[15]], [[255]]], np.uint8) if kind.bits == 4 else np.array([[[-1]]], np.int8)      # -1: all bits
 
     def fill(self, row: int, records: np.ndarray) -> bool:
@@ -831,10 +836,10 @@ class BlockTile(Tile):
     def inputs(self, x: np.ndarray) -> np.ndarray:
         """x [T, cols] as `few` wants it, X and the sums of x, [B, T, size + 2]; or as `many` does, [T, cols], or [T, cols + B] with the
         sums, if there is an m."""
-        blocks = x.reshape(len(x), -1, self.kind.size)
+        blocks = x.reshape(len(x), -1, self.kind.block)
         if len(x) < MANY_TOKENS:
             return blocks.swapaxes(0, 1) @ self.expand    # [B, T, size + 2]
-        return x if self.m is None else np.concatenate([x, blocks @ np.ones(self.kind.size, f32)], axis=1)
+        return x if self.m is None else np.concatenate([x, blocks @ np.ones(self.kind.block, f32)], axis=1)
 
     def jobs(self, x: np.ndarray, out: np.ndarray) -> list[Callable[[], None]]:
         """Jobs that together make out [splits, T, rows], whose sum over the splits of the columns is W x."""
@@ -847,42 +852,42 @@ class BlockTile(Tile):
 
     def few(self, x: np.ndarray, first: int, end: int, out: np.ndarray) -> None:
         """out [T, rows] = the sum over the blocks from `first` to `end`."""
-        n, n_tokens, rows, size = end - first, x.shape[1], self.rows, self.kind.size
-        group = max(g for g in range(1, max(1, TILE_ROWS // rows) + 1) if n % g == 0)     # blocks in one call
+        n_blocks, n_tokens, rows, size = end - first, x.shape[1], self.rows, self.kind.block
+        group = max(g for g in range(1, max(1, TILE_ROWS // rows) + 1) if n_blocks % g == 0)     # blocks in one call
         f = scratch("f", group, size + 1, rows)
         f[:, size] = 1
         planes = f[:, :size].reshape(group, len(self.masks), -1, rows)
-        p = scratch("p", n // group, group, n_tokens, rows)
-        grouped_q = self.q[first:end].reshape(n // group, group, 1, -1, rows)
-        grouped_x = x[first:end, :, :-1].reshape(n // group, group, n_tokens, size + 1)
+        p = scratch("p", n_blocks // group, group, n_tokens, rows)
+        grouped_q = self.q[first:end].reshape(n_blocks // group, group, 1, -1, rows)
+        grouped_x = x[first:end, :, :-1].reshape(n_blocks // group, group, n_tokens, size + 1)
         for q_g, x_g, p_g in zip(grouped_q, grouped_x, p):
             np.bitwise_and(q_g, self.masks, out=planes, casting="unsafe")
             np.matmul(x_g, f, out=p_g)
-        np.einsum("btr,br->tr", p.reshape(n, n_tokens, rows), self.d[first:end], out=out)
+        np.einsum("btr,br->tr", p.reshape(n_blocks, n_tokens, rows), self.d[first:end], out=out)
         if self.m is not None:
             out += x[first:end, :, -1].T @ self.m[first:end]
 
     def many(self, x: np.ndarray, first: int, end: int, out: np.ndarray) -> None:
         """out[:, first:end] = the products of those rows."""
-        rows, size = end - first, self.kind.size
+        rows, size = end - first, self.kind.block
         n_blocks, cols = len(self.d), len(self.d) * size
-        f = scratch("w", x.shape[1], rows)
+        w = scratch("w", x.shape[1], rows)
         step = max(1, (1 << 18) // (size * rows))
         for a in range(0, n_blocks, step):
             b = min(a + step, n_blocks)
             n = self.q[a:b, :, first:end]
             if self.kind.bits == 4:
                 pair = scratch("nibbles", b - a, 2, 16, rows, dtype=np.uint8)
-                if self.kind.zero:
+                if self.kind.zero:                        # 8; without it the n stay as they are, uint8
                     n = np.bitwise_xor(n, 0x88, out=pair[:, 1])
                 np.multiply(n, 16, out=pair[:, 0])
                 np.bitwise_and(n, 0xF0, out=pair[:, 1])
                 n = pair.view(np.int8 if self.kind.zero else np.uint8).reshape(b - a, 32, rows)
             d = self.d[a:b, None, first:end]
-            np.multiply(n, d / 16 if self.kind.bits == 4 else d, out=f[a * size:b * size].reshape(b - a, size, rows))
+            np.multiply(n, d / 16 if self.kind.bits == 4 else d, out=w[a * size:b * size].reshape(b - a, size, rows))
         if self.m is not None:
-            f[cols:] = self.m[:, first:end]
-        np.matmul(x, f, out=out[:, first:end])
+            w[cols:] = self.m[:, first:end]
+        np.matmul(x, w, out=out[:, first:end])
 
 
 class DenseTile(Tile):
@@ -894,6 +899,7 @@ class DenseTile(Tile):
     normal, and x carries the 2^102. A matrix with a weight of 128 or more is kept in float32.
     """
     UNIT = f32(2.0 ** 102)
+    w: np.ndarray                                         # set by `place`
 
     def __init__(self, kind: Type, rows: int, cols: int):
         self.kind, self.rows = kind, rows
@@ -931,7 +937,7 @@ class DenseTile(Tile):
 
     def rows_of(self, x: np.ndarray, first: int, end: int, out: np.ndarray) -> None:
         """out[:, first:end] = the products of those rows, of as many at a time as fit in the cache."""
-        step = end - first if self.kind is F32 else max(1, (1 << 18 if len(x) < MANY_TOKENS else 1 << 21) // self.w.shape[1])
+        step = end - first if self.kind is F32 else max(1, (FEW_AT_A_TIME if len(x) < MANY_TOKENS else MANY_AT_A_TIME) // self.w.shape[1])
         for a in range(first, end, step):
             b = min(a + step, end)
             np.matmul(x, self.widen(self.w[a:b]).T, out=out[:, a:b])
@@ -949,19 +955,19 @@ class Matrix:
                 tile = (BlockTile if kind.unpack else DenseTile)(kind, min(height, rows - a), self.cols)
                 self.tiles.append((self.rows, tile))
                 self.rows += tile.rows
-        jobs = min(JOBS, self.rows * self.cols * 2 // SMALL)           # a piece is worth starting a thread for
+        jobs = min(JOBS, self.rows * self.cols * 2 // SMALL)           # pieces worth waking a thread for
         self.splits = min(max(1, jobs // len(self.tiles)), self.cols // 32) if tensors[0].type.unpack else 1     # of the columns
 
     @property
     def nbytes(self) -> int:
         """Its size in memory."""
-        return sum(sum(tile.sizes()) for _, tile in self.tiles)
+        return sum(sum(tile.array_bytes()) for _, tile in self.tiles)
 
     def read(self, tensors: Sequence[Tensor], memory: np.ndarray) -> None:
         """Fill the matrix, in `memory` of `nbytes` bytes, from the file."""
         for _, tile in self.tiles:
             tile.place(memory)
-            memory = memory[sum(tile.sizes()):]
+            memory = memory[sum(tile.array_bytes()):]
         row = 0
         for tensor in tensors:
             for a, records in read_rows(tensor):
@@ -1011,8 +1017,9 @@ class Matrix:
 # sum of E products grows like sqrt(E), and without the division softmax would see only the largest. Side by side, the results of
 # all heads are H E numbers, and wo makes of them the D that are added.
 #
-# Feed-forward (SwiGLU, Shazeer 2020). The rows of w1 are F patterns that x is compared with; silu makes a gate of each, about 0 unless
-# the pattern is there, for what w3 says of x; and where it is there, w2 has a column of D numbers to add.
+# Feed-forward (SwiGLU, Shazeer 2020). Each row of w1 is a pattern that x is compared with, F patterns. silu turns the match into a gate,
+# about 0 where the pattern is absent. The gate multiplies what w3 makes of x, and w2 adds so much of the pattern's own column of D
+# numbers.
 #
 # Why a cache. A position's x depends on the positions before it alone, so its keys and values never change when the text goes on.
 # They are kept, and a new token costs one pass over the weights and a look at the cache, instead of all of the text once more. The
@@ -1089,7 +1096,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 def rope(x: np.ndarray, rotation: np.ndarray) -> np.ndarray:
-    """Rotary position embedding (Su et al. 2021): x [T, heads, E], rotation [T, 1, E / 2] = exp(1j * position * frequency).
+    """Rotary position embedding (Su et al. 2021): x [T, heads, E], rotation [T, 1, E / 2] = exp(1j * position * frequency), or a multiple.
 
     A pair of numbers (a, b) is taken as the complex number a + ib, and exp(i angle) turns it.
     """
@@ -1119,8 +1126,8 @@ def attention(x: np.ndarray, layer: Layer, model: Model, rotation: np.ndarray, c
     out = np.empty((n_tokens, h.n_kv_heads, h.n_heads // h.n_kv_heads, h.head_dim), f32)
 
     def attend(heads: slice, a: int, b: int) -> None:
-        """Tokens a to b of this call look at all positions up to b, and FUTURE takes away what each must not see."""
-        seen = start + b                                  # those of earlier calls, and of this one
+        """Tokens a to b of this call look at all positions before start + b, and FUTURE takes away those after each one's own."""
+        seen = start + b
         queries = q[heads, :, a:b].reshape(-1, q.shape[1] * (b - a), h.head_dim)
         scores = scratch("scores", len(queries), queries.shape[1], seen)
         np.matmul(queries, keys[heads, :seen].swapaxes(1, 2), out=scores)
@@ -1180,7 +1187,7 @@ def forward(model: Model, tokens: Sequence[int], cache: Cache, last: bool = True
 # 5. Tokenizer
 #
 # A model could read letters, but then "the" would take three passes through it; or words, but then it could not read one that it has never
-# seen. Tokens are in between: some ten thousands of pieces of text, frequent words whole and rare ones in parts, and each piece has a
+# seen. Tokens are in between: tens of thousands of pieces of text, frequent words whole and rare ones in parts, and each piece has a
 # number. Byte-pair encoding (Sennrich et al. 2016) cuts a text into them: start from single characters, and merge the adjacent
 # pair that ranks best, again and again, until no pair is a piece. If `he` ranks before `th`, and both before `the` and `then`:
 #
@@ -1224,8 +1231,9 @@ def merge(symbols: list[bytes], rank: Callable[[bytes, bytes], float | None]) ->
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_OF_CHARACTER = {chr(b): b for b in _VISIBLE} | {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(_VISIBLE)))}
 
-# The patterns say \p{L} (letter), \p{N} (number) and \s (space) of Unicode, which `re` lacks: they are matched against a text in which
-# `stand_in` has put an ASCII character of the same class for each other character. Several patterns cut one after the other.
+# The original patterns have Unicode's \p{L} (letter), \p{N} (number) and \s (space). `re` has no \p, so here they are written for ASCII,
+# and matched against a text in which `stand_in` has replaced each other character by an ASCII one of its class. Several patterns cut
+# one after the other.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+"
 PRETOKENIZERS = {
     "gpt-2": [_GPT2],
@@ -1283,7 +1291,7 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """The tokens of a text; with `bos`, after the token that begins a text, if the model's file wants one."""
         if text:
-            text = self.prefix + text.encode("utf-8", "replace").decode()         # half surrogates become '?'
+            text = self.prefix + text.encode("utf-8", "replace").decode()         # unpaired surrogates become '?'
         if not self.by_pair:
             text = text.replace("\u2581", " ")
         tokens = [t for word in cut_words(text, self.patterns) for t in self.encode_word(word)]
@@ -1300,12 +1308,12 @@ class Tokenizer:
                 ([self.ids[s]] if s in self.ids else [self.byte_ids.get(b, self.unknown) for b in s])]
 
     def decode(self, tokens: Sequence[int]) -> bytes:
-        """The bytes of some tokens: a character may be spread over several, so that they need not be whole UTF-8."""
+        """The bytes of some tokens: a character may be spread over several, so they need not be valid UTF-8."""
         return b"".join(self.pieces[t] for t in tokens)
 
 
-def sentencepiece_words(pieces: Sequence[bytes]) -> list[str]:
-    """A pattern that cuts a text in front of spaces, if no piece of the vocabulary reaches across such a place; else no pattern."""
+def word_pattern(pieces: Sequence[bytes]) -> list[str]:
+    """A pattern that cuts a text in front of each run of spaces, if no piece has a space after another character; else none."""
     return [] if any(re.search(rb"[^ ] ", piece) for piece in pieces) else [r" +[^ ]*|[^ ]+"]
 
 
@@ -1315,7 +1323,7 @@ UNKNOWN_PIECE = " \u2047 ".encode()
 def ggml_tokenizer(pieces: list[bytes]) -> Tokenizer:
     """The tokenizer of a ggml file, which holds the pieces alone: sentencepiece orders them as it ranks them.
 
-    Only pieces of nothing but spaces rank after all others and equal among themselves. Where two ids have the same single byte, the
+    Pieces that are only spaces rank last, and all equal. Where two ids have the same single byte, the
     first is the byte token, and the other one the piece that text is made of.
     """
     ids = {piece: i for i, piece in enumerate(pieces) if piece and piece != UNKNOWN_PIECE}
@@ -1323,7 +1331,7 @@ def ggml_tokenizer(pieces: list[bytes]) -> Tokenizer:
     ranks = {piece: i if piece.strip(b" ") else len(pieces) for piece, i in ids.items()}
     unknown = pieces.index(UNKNOWN_PIECE) if UNKNOWN_PIECE in pieces else 0
     pieces_of_text = [b"" if i == unknown else piece for i, piece in enumerate(pieces)]
-    return Tokenizer(pieces, ids, byte_ids, ranks, prefix=" ", patterns=sentencepiece_words(pieces_of_text), unknown=unknown, bos=GGML_BOS,
+    return Tokenizer(pieces, ids, byte_ids, ranks, prefix=" ", patterns=word_pattern(pieces_of_text), unknown=unknown, bos=GGML_BOS,
                      ends=[GGML_EOS])
 
 
@@ -1386,7 +1394,7 @@ def gguf_tokenizer(path: str, metadata: dict) -> Tokenizer:
         ids = {piece: i for i, piece in enumerate(pieces) if piece and is_text[i]}
         ranks = dict(zip(ids, (-scores[list(ids.values())]).tolist()))
         return Tokenizer(pieces, ids, byte_ids, ranks, prefix=" " * get("add_space_prefix", bool, True),
-                         patterns=sentencepiece_words(list(ids)), add_bos=get("add_bos_token", bool, True), **common)
+                         patterns=word_pattern(list(ids)), add_bos=get("add_bos_token", bool, True), **common)
 
     if model == "gpt2":
         pre = get("pre", str, "gpt-2")
@@ -1415,8 +1423,8 @@ def gguf_tokenizer(path: str, metadata: dict) -> Tokenizer:
 # 6. Loading
 #
 # From either kind of file to a Model. What GGUF says for itself, ggml leaves to the caller: the epsilon of the norms and the base
-# of the rotary frequencies. Tensors are read some rows at a time into the matrices' own layout, so that a model needs
-# little more memory than it has weights.
+# of the rotary frequencies. Tensors are read some rows at a time into the matrices' own layout, so loading needs little
+# more memory than the weights themselves.
 # ---------------------------------------------------------------------------------------------------------------------------
 
 def rope_frequencies(head_dim: int, base: float, rotated: int | None = None, factors: np.ndarray | float = 1.0) -> np.ndarray:
@@ -1472,14 +1480,17 @@ def open_gguf(path: str) -> tuple[Hyperparameters, Tokenizer, dict[str, Tensor]]
 
     tokenizer = gguf_tokenizer(path, metadata)
     sizes = {"V": len(tokenizer.pieces), "D": dim, "HE": n_heads * head_dim, "KE": n_kv_heads * head_dim}
-    factors = np.full(rotated // 2, factor)
-    if (t := tensors.pop("rope_freqs.weight", None)) is not None:
-        if t.type is not F32 or t.shape != factors.shape:
-            raise ModelError(f"{path}: tensor 'rope_freqs.weight' must be {len(factors)} float32 numbers")
-        factors = factors * read_vector(t)
+    rope_freqs = tensors.pop("rope_freqs.weight", None)
     found = check_tensors(path, {name: t.shape for name, t in tensors.items()}, n_layers, sizes, "gguf", optional=["output.weight"])
     if found["F"] != ffn_dim:
         raise ModelError(f"{path}: 'llama.feed_forward_length' is {ffn_dim}, but tensor 'blk.0.ffn_gate.weight' has {found['F']} rows")
+    factors = np.full(rotated // 2, factor)               # only now, when the tensors agree with the metadata
+    if rope_freqs:
+        if rope_freqs.type is not F32 or rope_freqs.shape != factors.shape:
+            raise ModelError(f"{path}: tensor 'rope_freqs.weight' must be {len(factors)} float32 numbers")
+        factors = factors * read_vector(rope_freqs)
+        if not (factors > 0).all():
+            raise ModelError(f"{path}: tensor 'rope_freqs.weight' has a number that is not positive")
     hyper = Hyperparameters(dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, len(tokenizer.pieces), eps,
                             rope_frequencies(head_dim, base, rotated, factors))
     meta_names = dict(zip(architecture(n_layers, "gguf"), architecture(n_layers)))
@@ -1489,7 +1500,7 @@ def open_gguf(path: str) -> tuple[Hyperparameters, Tokenizer, dict[str, Tensor]]
 @overflows_are_told_later
 def load(path: str, threads: int | None = None, norm_eps: float = 1e-6, rope_freq_base: float = 10000.0,
          progress: Callable[[float], None] = lambda fraction: None) -> Model:
-    """Read a model file, ggml (all its parts) or GGUF, for computing with `threads` threads (all processors).
+    """Read a model file, ggml (all its parts) or GGUF, for computing with `threads` threads (default: one per processor).
 
     `norm_eps` and `rope_freq_base` are for ggml files, which do not say them. `progress` is called with the fraction read.
     Raises ModelError if the file cannot be used, and MemoryError if there is too little memory for it.
@@ -1540,11 +1551,11 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6, rope_fre
 # ---------------------------------------------------------------------------------------------------------------------------
 # 7. Sampling
 #
-# softmax makes probabilities of the logits, p = exp(logit / temp) / sum: a temp below 1 makes likely tokens likelier, at 0 the likeliest
-# is certain. One is drawn, it becomes part of the text, and so on. Tokens that were there lately are made less likely before, or else
-# small models repeat themselves for ever: a positive logit is divided by the penalty, a negative one multiplied, so that both get
-# smaller. Unlikely tokens are cut off before (top-k; top-p, Holtzman et
-# al. 2020): each of them is improbable, but there are so many that one would be drawn every few words and lead the text astray.
+# Four steps lead from logits to a token. (1) They are divided by temp: below 1 makes likely tokens likelier, at 0 the likeliest is
+# certain. (2) Those of recent tokens are lowered, or else small models repeat themselves for ever: a positive one is divided by the
+# penalty, a negative one multiplied. (3) The top_k largest stay, and softmax makes probabilities of them, exp(score) / sum. (4) The
+# fewest stay that together reach top_p (Holtzman et al. 2020): each of the others is improbable, but there are so many that one would be
+# drawn every few words and lead the text astray. One of those that are left is drawn, and becomes part of the text.
 # ---------------------------------------------------------------------------------------------------------------------------
 
 @overflows_are_told_later
@@ -1553,7 +1564,7 @@ def candidates(logits: np.ndarray, recent: Sequence[int], temp: float = 0.8, top
     """The tokens that may come next, the likeliest first, and their probabilities (float64, sum 1).
 
     logits [V]: divided by `temp`; those of the `recent` tokens made smaller by `repeat_penalty`; the `top_k` largest kept (0 or less:
-    all); softmax; the fewest kept whose probabilities reach `top_p`. At temp 0 the largest logit has probability 1.
+    all); softmax; the fewest kept whose probabilities reach `top_p`. At temp 0 the largest logit, after the penalty, has probability 1.
     """
     greedy = temp < 1e-6
     scores = logits.copy() if greedy else logits / f32(temp)
@@ -1597,7 +1608,7 @@ def generate(model: Model, tokens: Sequence[int], n: int = 128, cache: Cache | N
              **sampling) -> Iterator[int]:
     """Read the prompt `tokens` and yield up to `n` new tokens (n < 0: no bound), until one ends the text or the context is full.
 
-    The token that ends the text is yielded, too; the last token is not read, so that it is not in the cache. `recent` are tokens before
+    The token that ends the text is yielded, too; the last token is not read, so it is not in the cache. `recent` are tokens before
     the prompt that count for the repetition penalty; `sampling` goes to `sample`. Raises ValueError where the prompt is empty or does
     not fit into the cache.
     """
@@ -1636,7 +1647,7 @@ EXAMPLES = """examples:
   python tinyllama.py --chat --system "You answer in one short sentence."
   echo "The capital of France is" | python tinyllama.py -f - -n 8 --temp 0 2>/dev/null
 
-The spellings of 2023, as --top_k and --n_predict, work as well. stdout gets the text, stderr everything else.
+The spellings of 2023, such as --top_k and --n_predict, work as well. stdout gets the text, stderr everything else.
 """
 
 
@@ -1703,7 +1714,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                        help="base of the rotary frequencies, for ggml files (default: %(default)s)")
 
     group = parser.add_argument_group("text")
-    group.add_argument("-p", "--prompt", metavar="TEXT", help="text to continue (default: a random word or two)")
+    group.add_argument("-p", "--prompt", metavar="TEXT", help="text to continue (default: a random beginning)")
     group.add_argument("-f", "--file", metavar="FILE", help="file with text to continue, after that of -p; - is standard input")
     group.add_argument("-n", "--n-predict", metavar="N", type=number(int, -1, 1 << 30), default=128,
                        help="tokens to generate at most; -1: until the text ends or the context is full (default: %(default)s)")
@@ -1905,7 +1916,7 @@ class Conversation:
         self.rng = np.random.default_rng(args.seed)
 
     def make_room(self) -> None:
-        """When the context is full, go on with the first `keep` tokens and the later half of the others."""
+        """When the context is full, go on with the first `keep` tokens and as many of the last as fill half of the rest."""
         n_ctx, n = self.args.ctx_size, len(self.tokens)
         if n < n_ctx:
             return
@@ -1914,8 +1925,8 @@ class Conversation:
         self.cache = Cache(self.model, n_ctx)
         log(f"\n[the context of {n_ctx} tokens (-c) is full: the oldest {n - len(self.tokens)} after the first {keep} are forgotten]")
 
-    def speak(self, prompt: str = "", stops: Sequence[str] = ()) -> bool:
-        """Read what is unread, write `prompt`, and generate up to n_predict tokens, until the text of one of `stops`. True if the model
+    def speak(self, unwritten: str = "", stops: Sequence[str] = ()) -> bool:
+        """Read what is unread, write `unwritten`, and generate up to n_predict tokens, until the text of one of `stops`. True if the model
         ended the text."""
         args, left, tail = self.args, self.args.n_predict, ""
         ends = self.model.tokenizer.ends
@@ -1929,8 +1940,8 @@ class Conversation:
             for token in generate(model, unread, left, self.cache, self.rng, args.batch_size, args.repeat_last_n,
                                   self.tokens[:self.cache.length], self.timings, temp=args.temp, top_k=args.top_k,
                                   top_p=args.top_p, repeat_penalty=args.repeat_penalty):
-                self.screen.write(prompt, "prompt")
-                prompt = ""
+                self.screen.write(unwritten, "prompt")
+                unwritten = ""
                 self.tokens.append(token)
                 left -= 1
                 if token in ends:
@@ -1939,11 +1950,11 @@ class Conversation:
                 tail += self.screen.token(token)
                 if any(stop in tail for stop in stops):
                     return False
-                tail = tail[-max(map(len, stops), default=0):] if stops else ""
+                tail = tail[-max(map(len, stops)):] if stops else ""
             if left == 0 or not conversational(args):
                 break
             self.make_room()
-        self.screen.write(prompt, "prompt")
+        self.screen.write(unwritten, "prompt")
         self.screen.flush()
         return False
 
@@ -1963,17 +1974,22 @@ def complete(args: argparse.Namespace, model: Model, screen: Screen, prompt: str
         screen.write("\n")
 
 
+def chat_template(tokenizer: Tokenizer) -> tuple[str, Template]:
+    """The first of TEMPLATES whose tokens the vocabulary has, and its name."""
+    for name, template in TEMPLATES.items():
+        if all(token in tokenizer.special for token in template.tokens):
+            return name, template
+    raise ModelError("--chat: the vocabulary has none of the tokens of a known chat format "
+                     f"({', '.join(TEMPLATES)}): is it an instruction-tuned model? -i works with any")
+
+
 def converse(args: argparse.Namespace, model: Model, screen: Screen, prompt: str, timings: Timings) -> None:
     """Take turns with the user: after a template for --chat, else as plain text."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() then has line editing and a history)
     tokenizer, template = model.tokenizer, PLAIN
     if args.chat:
-        name = next((name for name, t in TEMPLATES.items() if all(token in tokenizer.special for token in t.tokens)), None)
-        if name is None:
-            raise ModelError("--chat: the vocabulary has none of the tokens of a known chat format "
-                             f"({', '.join(TEMPLATES)}): is it an instruction-tuned model? -i works with any")
-        template = TEMPLATES[name]
+        name, template = chat_template(tokenizer)
         log(f"chat format: {name}")
     log("Ctrl-C interrupts the model, Ctrl-D ends, a line that ends in \\ goes on in the next\n")
 
@@ -2135,14 +2151,13 @@ def explain(args: argparse.Namespace, model: Model, prompt: str) -> None:
         start = time.perf_counter()
         logits = forward(model, tokens, cache)
         total = time.perf_counter() - start
-    layers = [i for i, step in enumerate(steps) if step.name == "rms_norm"]
-    first, after = layers[0], layers[2]                   # two norms a layer
+    norms = [i for i, step in enumerate(steps) if step.name == "rms_norm"]                  # two a layer, and the last
+    layers, final = steps[:norms[-1]], steps[norms[-1]:]
     print(f"2. They go through the model together: {h.n_layers} layers, then the output\n\n"
           f"   {'step':16} {'formula':38} {'shape of its input and output':30} {'weights':>10} {'time':>11}\n")
-    for step in [*steps[first:after], *steps[layers[-1]:]]:
-        if step is steps[layers[-1]]:
-            seconds = sum(s.seconds for s in steps[:layers[-1]] if not s.depth)
-            nbytes = sum(s.nbytes for s in steps[:layers[-1]])
+    for step in [*layers[:norms[2]], *final]:             # the first layer stands for all
+        if step is final[0]:
+            seconds, nbytes = sum(s.seconds for s in layers if not s.depth), sum(s.nbytes for s in layers)
             print(f"   {'':16} {f'... all {h.n_layers} layers together':38} {'':30} {nbytes / 1e6:7.2f} MB {1000 * seconds:8.2f} ms\n")
         size = f"{step.nbytes / 1e6:7.2f} MB" if step.nbytes else ""
         print(f"   {'  ' * step.depth + step.name:16} {STEPS[step.name]:38} {step.shapes:30} {size:>10} {1000 * step.seconds:8.2f} ms")
@@ -2175,7 +2190,8 @@ def blas_products(threads: Threads, size: int = 8192) -> dict[str, tuple[Callabl
 
 
 def bench(args: argparse.Namespace, model: Model, path: str, rounds: int = 5) -> None:
-    """Print a table of speeds: reading 512 tokens and generating 64, beside what BLAS would need for their products alone.
+    """Print a table of speeds: reading 512 tokens (pp512), and generating one after the other at the start of a text (tg64; 65 are
+    measured), beside what BLAS would need for their products alone.
 
     They take turns, since a machine's speed changes from minute to minute; medians over all rounds but the first.
     """
