@@ -1572,18 +1572,27 @@ def in_terminal(words, *keys):
     pid, terminal = pty.fork()
     if not pid:
         os.execv(sys.executable, [sys.executable, str(FOLDER / "tinyllama.py"), "--temp", "0", "--repeat-penalty", "1", *words])
-    screen = seen = b""
+    screen = seen = key = b""
     patience = time.monotonic() + 60
-    for awaited, key in keys:
+
+    def reads_more():
+        nonlocal screen
+        assert time.monotonic() < patience, screen
+        if not select.select([terminal], [], [], 3)[0]:
+            os.write(terminal, key)                       # Python may lose a Ctrl-C between showing the prompt and waiting: type it again
+            return True
+        data = os.read(terminal, 1 << 16)
+        screen += data
+        return bool(data)
+
+    for awaited, following in keys:
         while awaited not in screen:
-            assert time.monotonic() < patience, screen
-            if select.select([terminal], [], [], 1)[0]:
-                screen += os.read(terminal, 1 << 16)
-        seen, screen = screen, b""
+            reads_more()
+        seen, screen, key = screen, b"", following
         os.write(terminal, key)
     with contextlib.suppress(OSError):                    # Linux says EIO when the other side is closed
-        while data := os.read(terminal, 1 << 16):
-            screen += data
+        while reads_more():
+            pass
     os.close(terminal)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen + screen
 
@@ -2256,3 +2265,20 @@ def test_text_of_a_real_model(capsys):
     """As a user does it, without -m."""
     assert tinyllama.main(["-p", "The capital of France is", "-n", "8", "--temp", "0", "--repeat_penalty", "1"]) == 0
     assert capsys.readouterr().out.startswith("The capital of France is Paris.")
+
+
+README = FOLDER.joinpath("README.md").read_text(encoding="utf-8")
+
+
+@needs_model
+@pytest.mark.parametrize("experiment, result", [
+    ("q=u.q & 0xEE", "33.4 instead of 12.5"), ("t.rope = lambda", "mask tells: 121.7"), ("if i != 14", "it is 19.2"),
+    ("tinyllama.py --perplexity", "PPL = 12.4772"),
+])
+def test_the_readmes_experiments(experiment, result):
+    """Its commands as they stand there, in a shell, and the perplexity that it says comes out."""
+    command, = re.findall(rf"^(?:\$ )?(python -m this \| .*{re.escape(experiment)}.*)$", README, re.MULTILINE)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, shell=True, cwd=FOLDER, env=environment, capture_output=True, text=True, check=True)
+    stated, found = re.search(r"[\d.]+\d", result)[0], float(re.search(r"PPL = (\S+)", done.stdout)[1])
+    assert result in README and abs(found - float(stated)) < 0.051, found

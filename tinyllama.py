@@ -59,7 +59,12 @@ BLAS_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", 
 BLAS_MAY_USE_THREADS = "numpy" in sys.modules and not any(os.environ.get(name) == "1" for name in BLAS_VARIABLES)
 _environment = {name: os.environ.get(name) for name in BLAS_VARIABLES}
 os.environ.update(dict.fromkeys(BLAS_VARIABLES, "1"))
-import numpy as np  # noqa: E402
+try:
+    import numpy as np
+except ModuleNotFoundError as error:
+    if __name__ == "__main__":
+        sys.exit(f"error: {error} (pip install numpy, or is there a virtual environment to activate?)")
+    raise
 
 for _name, _value in _environment.items():
     if _value is None:
@@ -1096,7 +1101,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 def rope(x: np.ndarray, rotation: np.ndarray) -> np.ndarray:
-    """Rotary position embedding (Su et al. 2021): x [T, heads, E], rotation [T, 1, E / 2] = exp(1j * position * frequency), or a multiple.
+    """Rotary position embedding (Su et al. 2021): x [T, heads, E], rotation [T, 1, E / 2] = exp(1j * position * frequency).
 
     A pair of numbers (a, b) is taken as the complex number a + ib, and exp(i angle) turns it.
     """
@@ -1119,7 +1124,7 @@ def attention(x: np.ndarray, layer: Layer, model: Model, rotation: np.ndarray, c
     """x [T, D] -> wo(softmax(q k^T / sqrt(E)) v) [T, D]; each of K key/value heads serves H / K query heads."""
     h, n_tokens, start = model.hyper, len(x), cache.length
     q, k, v = np.split(layer.wqkv(x), [h.n_heads * h.head_dim, (h.n_heads + h.n_kv_heads) * h.head_dim], axis=1)
-    q = rope(q.reshape(n_tokens, h.n_heads, h.head_dim), rotation / f32(math.sqrt(h.head_dim)))         # turned and divided at once
+    q = rope(q.reshape(n_tokens, h.n_heads, h.head_dim), rotation) / f32(math.sqrt(h.head_dim))
     k = rope(k.reshape(n_tokens, h.n_kv_heads, h.head_dim), rotation)
     keys, values = cache.store(index, k, v.reshape(n_tokens, h.n_kv_heads, h.head_dim))     # [K, P, E]
     q = q.reshape(n_tokens, h.n_kv_heads, -1, h.head_dim).transpose(1, 2, 0, 3)             # [K, H / K, T, E]
@@ -1687,12 +1692,10 @@ def exit_code(command: Callable[[], None]) -> int:
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     """A type for argparse: an int or a float from `low` to `high`."""
     def parse(text: str):
-        value = kind(text)
-        if not low <= value <= high:                      # NaN is neither
-            raise ValueError
-        return value
-
-    parse.__name__ = {int: "whole number", float: "number"}[kind] + f" from {low} to {high}"
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:                 # NaN is neither
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number from {low} to {high}")
     return parse
 
 
@@ -2047,7 +2050,7 @@ def prompt_tokens(args: argparse.Namespace, model: Model, prompt: str) -> list[i
     tokens = model.tokenizer.encode(prompt, bos=True)
     if len(tokens) > args.ctx_size:
         raise ModelError(f"the prompt has {len(tokens)} tokens, but the context has room for {args.ctx_size}: "
-                         f"shorten it, or enlarge the context with -c {len(tokens) + 128}")
+                         f"shorten it, or enlarge the context with -c {len(tokens) + (args.n_predict if args.n_predict > 0 else 128)}")
     if not tokens:
         raise ModelError("the prompt is empty, and this model has no token that begins a text: give a prompt with -p")
     log(f"prompt: {len(tokens)} tokens")
@@ -2247,7 +2250,8 @@ def run(args: argparse.Namespace) -> None:
     try:
         (converse if conversational(args) else complete)(args, model, screen, prompt, timings)
     finally:
-        log_timings(load_time, time.perf_counter() - start, timings)
+        if timings.tokens:
+            log_timings(load_time, time.perf_counter() - start, timings)
 
 
 def main(argv: list[str] | None = None) -> int:
