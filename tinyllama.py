@@ -810,6 +810,7 @@ class BlockTile(Tile):
     q: np.ndarray                                         # these are set by `place`
     d: np.ndarray
     m: np.ndarray | None = None
+    MASKS = np.array([[[15]], [[255]]], np.uint8)         # the low nibbles, and the whole bytes
 
     def __init__(self, kind: Type, rows: int, cols: int):
         n_blocks = cols // kind.block
@@ -824,7 +825,6 @@ class BlockTile(Tile):
             lo, hi = eye[:, :16], eye[:, 16:] / 16
             eye = np.concatenate([lo - hi, hi], axis=1)
         self.expand = np.concatenate([eye, np.full((kind.block, 1), -kind.zero, f32), np.ones((kind.block, 1), f32)], axis=1)
-        self.masks = np.array([[[15]], [[255]]], np.uint8) if kind.bits == 4 else np.array([[[-1]]], np.int8)      # -1: all bits
 
     def fill(self, row: int, records: np.ndarray) -> bool:
         """Store some rows from `row` on; whether all scales are finite."""
@@ -861,12 +861,15 @@ class BlockTile(Tile):
         group = max(g for g in range(1, max(1, TILE_ROWS // rows) + 1) if n_blocks % g == 0)     # blocks in one call
         f = scratch("f", group, size + 1, rows)
         f[:, size] = 1
-        planes = f[:, :size].reshape(group, len(self.masks), -1, rows)
+        planes = f[:, :size].reshape(group, -1, self.q.shape[1], rows)       # [group, 2, 16, rows] of nibbles, or [group, 1, size, rows]
         p = scratch("p", n_blocks // group, group, n_tokens, rows)
         grouped_q = self.q[first:end].reshape(n_blocks // group, group, 1, -1, rows)
         grouped_x = x[first:end, :, :-1].reshape(n_blocks // group, group, n_tokens, size + 1)
         for q_g, x_g, p_g in zip(grouped_q, grouped_x, p):
-            np.bitwise_and(q_g, self.masks, out=planes, casting="unsafe")
+            if self.kind.bits == 4:
+                np.bitwise_and(q_g, self.MASKS, out=planes, casting="unsafe")
+            else:
+                np.copyto(planes, q_g)
             np.matmul(x_g, f, out=p_g)
         np.einsum("btr,br->tr", p.reshape(n_blocks, n_tokens, rows), self.d[first:end], out=out)
         if self.m is not None:
