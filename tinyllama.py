@@ -676,12 +676,12 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 # 3. Matrices
 #
 # Where the time goes: a token of a 7B model takes 6.6 billion multiplications, nearly all of them here; everything else in the model
-# takes some 2 %. BLAS knows no 4-bit numbers, so what counts is how fast the weights become float32. To write one
-# token each weight is used once, and making the numbers takes longer than multiplying them. A prompt of 512 tokens uses each weight
-# 512 times, and so a token of it takes a seventeenth of the time.
+# takes some 2 % of the time. BLAS knows no 4-bit numbers, so what counts is how fast the weights become float32. To write one token
+# each weight is used once, and making the numbers takes longer than multiplying them. A prompt of 512 tokens uses each weight 512
+# times, and so a token of it takes a seventeenth of the time.
 #
-# numpy is fast when one call does much, hence the layout: a matrix is cut into a few wide tiles of rows, and a tile
-# keeps the row as its last axis; one numpy call then works on the same block of thousands of rows.
+# numpy is fast when one call does much, hence the layout: a matrix is cut into a few wide tiles of rows, and a tile keeps the row
+# as its last axis; one numpy call then works on the same block of thousands of rows.
 #
 # Few tokens (`BlockTile.few`). A byte holds two weights, b = lo + 16 hi. Its low nibble lo = b & 15 takes a mask; the high one would
 # take a shift as well, but b itself will do, since
@@ -705,10 +705,10 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 # of threads never changes a bit of the result. (The number of tokens in a call may: sums of another shape add up in another order.)
 # ---------------------------------------------------------------------------------------------------------------------------
 
-FEW_AT_A_TIME, MANY_AT_A_TIME = 1 << 18, 1 << 21             # float16 weights that are widened in one call, for few and many tokens
 TILE_ROWS = 5500            # about the rows of a tile: calls that are long, and 33 float32 a row, 0.7 MB, that stay in a 2 MB cache
 MANY_TOKENS = 5             # from here on it pays to make float32 weights
 GEMM_ROWS = 768             # rows of float32 weights, at most, that are made at a time for many tokens
+FEW_AT_A_TIME, MANY_AT_A_TIME = 1 << 18, 1 << 21                    # 16-bit weights that are widened in one call, for few and many tokens
 JOBS = 8                    # a large matrix is cut into at most about so many; further threads do not help with one token
 SMALL = 1 << 21             # fewer multiplications than this take less time than waking another thread
 
