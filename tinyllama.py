@@ -772,7 +772,7 @@ def wait_for_work(batches: queue.SimpleQueue) -> None:
         del batch, todo, errors, done                     # or the last jobs, and the arrays in them, would live until the next
 
 
-def cache_lines(nbytes: int) -> np.ndarray:
+def aligned_empty(nbytes: int) -> np.ndarray:
     """New memory that begins at a cache line (numpy's own need not): 6 to 8 % faster."""
     memory = np.empty(nbytes + 64, np.uint8)
     return memory[-memory.ctypes.data % 64:][:nbytes]
@@ -787,7 +787,7 @@ def scratch(name: str, *shape: int, dtype=f32) -> np.ndarray:
     size = math.prod(shape)
     memory = _scratch.__dict__.get(name)
     if memory is None or memory.size < size:
-        memory = _scratch.__dict__[name] = cache_lines(size * np.dtype(dtype).itemsize).view(dtype)
+        memory = _scratch.__dict__[name] = aligned_empty(size * np.dtype(dtype).itemsize).view(dtype)
     return memory[:size].reshape(shape)
 
 
@@ -1542,7 +1542,7 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6, rope_fre
 
     # One array for all weights: it gets huge pages, and if there is too little memory for the model, that is known at once.
     sizes = [m.nbytes for m, _ in matrices]
-    memory, done, lock = cache_lines(sum(sizes)), 0, threading.Lock()
+    memory, done, lock = aligned_empty(sum(sizes)), 0, threading.Lock()
 
     def read(m: Matrix, stacked: list[Tensor], end: int) -> None:
         nonlocal done
