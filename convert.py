@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Convert a LLaMA checkpoint, as Meta released it, to a ggml model file.
+"""Convert the checkpoint of a LLaMA model, Hugging Face's or Meta's, to a ggml file.
 
-    models/                          python convert.py models/7B/
-        tokenizer.model              writes models/7B/ggml-model-f16.bin
-        7B/
-            params.json
-            consolidated.00.pth      (larger models have .01, .02, ... too, and each becomes a file: .bin.1, .bin.2, ...)
+    models/open_llama_3b/            models/
+        config.json                      tokenizer.model
+        tokenizer.model                  7B/
+        model.safetensors                    params.json
+                                             consolidated.00.pth, .01, ...
 
-The tensors keep their order and, as far as float16 can hold them, their values. A checkpoint is 13 to 130 GB of a stranger's
-pickles: it is read without running what is in it and without filling the memory, it is checked before it is believed, and a
-file takes its name only once it is complete.
+    python convert.py models/open_llama_3b      writes models/open_llama_3b/ggml-model-f16.bin
+    python convert.py models/7B                 writes models/7B/ggml-model-f16.bin, .bin.1, ...
+    python quantize.py models/7B                is the next step
+
+A checkpoint is 7 to 130 GB of a stranger's files: nothing in them is run, tensors are mapped and
+not read, all is checked before it is believed, and a file takes its name once it is complete.
 """
 from __future__ import annotations
 
@@ -25,112 +28,252 @@ import warnings
 import zipfile
 from typing import TYPE_CHECKING, Iterator
 
-from tinyllama import (
-    BF16,
-    F16,
-    F32,
-    GGML_EOS,
-    GGML_TYPES,
-    UNKNOWN_PIECE,
-    Header,
-    ModelError,
-    check_tensors,
-    exit_code,
-    log,
-    part_paths,
-    replacing,
-    write_ggml_header,
-    write_ggml_tensor_header,
-)
+import tinyllama
+from tinyllama import BF16, F16, F32, Header, ModelError, require, write_ggml_tensor_header
 
-if TYPE_CHECKING:                                         # importing torch takes two seconds, too long for --help
-    import torch
+# isort: split
+import numpy as np  # after tinyllama, which sets it up
+
+if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-TYPES = {"torch.float32": F32, "torch.float16": F16, "torch.bfloat16": BF16}
-KNOWN_PARAMS = ("dim", "multiple_of", "n_heads", "n_kv_heads", "n_layers", "norm_eps", "rope_theta",
-                "vocab_size", "ffn_dim_multiplier", "max_seq_len", "max_batch_size")              # not needed, but harmless
-CHUNK = 1 << 20                                           # weights converted at a time: 4 MB as float32
+Tensors = dict[str, np.ndarray]             # by name: float32, float16, or bfloat16 as uint16
+TYPES = {"F32": F32, "F16": F16, "BF16": BF16}
+CHUNK = 1 << 20                             # weights converted at a time: 4 MB as float32
 MB = 1 << 20
 INSTEAD = "get a GGUF file of this model, which tinyllama.py reads directly"
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# 1. What lies beside the weights: the list of parts, params.json, the tokenizer
-# ---------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# 1. Meta's layout
+#
+# params.json has the numbers of the model, consolidated.00.pth the tensors, as a torch pickle. A
+# larger model comes in several such parts, each with a slice of every matrix. A part becomes a
+# ggml file, with the same tensors in the same order.
+# -------------------------------------------------------------------------------------------------
 
-def find_parts(folder: str) -> list[str]:
-    """The paths of consolidated.00.pth, .01, ... in a folder. ModelError if there are none, or one is missing."""
-    names = sorted(os.listdir(folder))
-    parts = sorted((int(match[1]), name) for name in names if (match := re.fullmatch(r"consolidated\.([0-9]+)\.pth", name)))
-    for i, (number, _) in enumerate(parts):
-        if number != i:
-            raise ModelError(f"{folder}: consolidated.{i:02}.pth is missing, but there is {parts[-1][1]}")
-    if parts:
-        return [os.path.join(folder, name) for _, name in parts]
-    for name in names:
-        if re.fullmatch(r"config\.json|tokenizer\.json|.*\.safetensors.*|pytorch_model.*\.bin.*", name):
-            raise ModelError(f"{folder}: a Hugging Face folder (it has {name}), where Meta's own layout is wanted (params.json, "
-                             f"consolidated.00.pth): get Meta's original release, or {INSTEAD}")
-    raise ModelError(f"{folder}: there is no consolidated.00.pth in this folder")
+def find_parts(folder: str) -> list[list[str]]:
+    """The files of each part: one of Meta's, or all of a Hugging Face folder, which is one part."""
+    require(not os.path.isfile(folder), folder,
+            f"a file; name its folder, {os.path.dirname(folder) or os.curdir}")
+    names = sorted(n for n in os.listdir(folder) if re.fullmatch(r"consolidated\.\d\d\.pth", n))
+    for i, name in enumerate(names):
+        require(int(name[13:15]) == i, folder,
+                f"consolidated.{i:02}.pth is missing, but there is {name}")
+    return [[os.path.join(folder, name)] for name in names] or [hugging_face_files(folder)]
 
 
-def read_start(path: str) -> bytes:
-    """The first bytes of a file, which must not be one of the things that a failed download leaves in place of the file."""
+def read_bytes(path: str, n: int = -1) -> bytes:
+    """A file, or its first n bytes. ModelError if it is a web page or a Git LFS pointer."""
     with open(path, "rb") as f:
-        start = f.read(256)
-    if not start:
-        raise ModelError(f"{path}: empty")
-    if start.startswith(b"version https://git-lfs"):
-        raise ModelError(f"{path}: a Git LFS pointer, which only stands for the file: fetch the file itself (git lfs pull)")
-    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
-        raise ModelError(f"{path}: a web page saved under this name: download the file again")
-    return start
+        data = f.read(n)
+    tinyllama.refuse(path, data, tinyllama.FAILED_DOWNLOADS)
+    return data
 
 
-def read_params(path: str) -> dict:
-    """params.json, checked; keys that are null count as absent."""
-    read_start(path)
+def read_json(path: str) -> dict:
+    data = read_bytes(path)
     try:
-        with open(path, "rb") as f:
-            params = json.load(f)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON ({error})") from None
-    if not isinstance(params, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    params = {key: value for key, value in params.items() if value is not None}
-    for key in ("dim", "multiple_of", "n_heads", "n_layers", "n_kv_heads"):
-        value = params.get(key)
-        if value is None and key != "n_kv_heads":
-            raise ModelError(f"{path}: '{key}' is missing")
-        if value is not None and (type(value) is not int or not 1 <= value < 1 << 31):            # a bool is an int, too
-            raise ModelError(f"{path}: '{key}' is {value!r:.60}; it must be a whole number from 1 to 2147483647")
-    for key in ("norm_eps", "rope_theta"):
-        value = params.get(key, 1)
-        if type(value) not in (int, float) or not 0 < value < 1e30:
-            raise ModelError(f"{path}: '{key}' is {value!r:.60}; it must be a positive number")
-    if params["dim"] % (2 * params["n_heads"]):
-        raise ModelError(f"{path}: dim {params['dim']} is not an even number for each of {params['n_heads']} heads")
+        return {**json.loads(data)}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ModelError(f"{path}: not a JSON object ({error})") from None
+
+
+# The numbers of a model that count, in Meta's words and in Hugging Face's.
+WORDS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+         "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+         "hidden_dim": "intermediate_size", "sliding_window": "sliding_window",
+         "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "multiple_of": "multiple_of"}
+HARMLESS = {"tied", "vocab_size", "ffn_dim_multiplier", "max_seq_len", "max_batch_size"}
+
+
+def check_params(path: str, params: dict, words: dict[str, str] | None = None) -> dict:
+    """params.json, checked; what is null counts as absent. `words` are those of another file."""
+    params = {"multiple_of": 256} | {key: v for key, v in params.items() if v is not None}
+    words = words or {key: key for key in WORDS}
+    for key, word in words.items():
+        require(key in params or key not in ("dim", "n_layers", "n_heads"), path,
+                f"'{word}' is missing")
+        value, whole = params.get(key, 1), key not in ("norm_eps", "rope_theta")
+        limit = tinyllama.MAX_LAYERS if key == "n_layers" else (1 << 31) - 1
+        require(type(value) in (int, int if whole else float) and 0 < value <= limit, path,
+                f"'{word}' is {value!r:.60}; it must be a positive {'whole ' * whole}number "
+                f"up to {limit}")
+    dim, heads = params["dim"], params["n_heads"]
+    require(dim % (2 * heads) == 0 and params.get("head_dim", dim // heads) == dim // heads, path,
+            f"{words['dim']} {dim} is not {heads} heads of {params.get('head_dim', 'even size')}")
     return params
 
 
-def find_tokenizer(folder: str) -> str:
-    """tokenizer.model, which Meta's release keeps one folder up, once for all sizes."""
-    tried = [os.path.normpath(os.path.join(folder, *up, "tokenizer.model")) for up in ([os.pardir], [])]
+def read_pickle(path: str) -> Tensors:
+    """The tensors of a torch checkpoint. Those of today's kind are mapped: they take no memory."""
+    start = read_bytes(path, 256)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                 # those of torch are not for users
+        import torch
+        try:
+            # A zip file can be mapped if nothing in it is compressed (torch compresses nothing).
+            mmap = start.startswith(b"PK") and not any(
+                entry.compress_type for entry in zipfile.ZipFile(path).infolist())
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            asks = re.search(r"(?:GLOBAL|[Cc]lass) ([\w.]+)", str(error))
+            raise ModelError(f"{path}: refused, and nothing in it was run: it calls for "
+                             + (asks[1] if asks else "more than plain tensors")) from None
+        except Exception as error:              # torch raises what it likes at damage, at length
+            reason = str(error).partition("\n")[0].partition(". ")[0]
+            raise ModelError(f"{path}: damaged or cut short ({reason})") from None
+
+    for wrapper in ("model", "state_dict"):             # training scripts save more than weights
+        if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
+            tensors = tensors[wrapper]
+    require(isinstance(tensors, dict), path, f"a {type(tensors).__name__}, not tensors by name")
+    tensors = {str(name): t for name, t in tensors.items() if not str(name).endswith("freqs")}
+    kinds = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
+    for name, t in tensors.items():
+        require(isinstance(t, torch.Tensor) and t.dtype in kinds and t.layout == torch.strided
+                and not t.is_meta and t.numel() and t.dim() in (1, 2) and name.isprintable(), path,
+                f"{name!r:.60} is not a vector or a matrix of {' or '.join(TYPES)}")
+        bits = t.view(torch.int16) if t.dtype == torch.bfloat16 else t  # numpy has no bfloat16
+        tensors[name] = bits.detach().numpy().view(kinds[t.dtype].dtype)
+    return tensors
+
+
+# -------------------------------------------------------------------------------------------------
+# 2. Hugging Face's layout
+#
+# The same in other words. config.json is translated into the words of params.json, and the tensors
+# get Meta's names. They lie in model.safetensors, or in the several files that
+# model.safetensors.index.json lists, or in torch pickles. A safetensors file is
+#
+#     |  int64 n  |  n bytes of JSON  |  data ...                             little-endian
+#
+# and the JSON says which bytes of the data are which tensor:
+#
+#     {"lm_head.weight": {"dtype": "F16", "shape": [32000, 3200], "data_offsets": [0, 204800000]},
+#      ..., "__metadata__": {...}}
+#
+# One difference is in the numbers. RoPE turns pairs of a head's E numbers: Meta pairs 2i with
+# 2i + 1, Hugging Face i with i + E/2. So the rows of wq and wk, which make these numbers, are
+# reordered: from each head we take row 0, E/2, 1, E/2 + 1, 2, ...
+# -------------------------------------------------------------------------------------------------
+
+CONFIG = {                                  # what config.json says of a model that ggml can hold
+    "model_type": ("llama", "mistral"), "hidden_act": ("silu", None), "mlp_bias": (False, None),
+    "attention_bias": (False, None), "rope_type": ("default", None), "type": ("default", None),
+    "partial_rotary_factor": (1, None), "quantization_config": (None,)}
+MODEL_NAMES = ("model.embed_tokens", "model.norm", "lm_head")           # in Meta's order
+LAYER_NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+               "mlp.gate_proj", "mlp.down_proj", "mlp.up_proj",         # w1, w2, w3
+               "input_layernorm", "post_attention_layernorm")
+
+
+def hugging_face_files(folder: str) -> list[str]:
+    """The files that hold the tensors."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            return [path]
+        if os.path.exists(index := f"{path}.index.json"):
+            places = read_json(index).get("weight_map")
+            names = places.values() if isinstance(places, dict) else ()
+            names = sorted({os.path.basename(str(name)) for name in names})
+            require(names and "".join(names).isprintable(), index, "it names no files")
+            return [os.path.join(folder, name) for name in names]
+    raise ModelError(f"{folder}: there is no consolidated.00.pth in this folder (Meta's layout), "
+                     "no model.safetensors and no pytorch_model.bin (Hugging Face's)")
+
+
+def translate_config(path: str, config: dict) -> dict:
+    """config.json in the words of params.json, checked."""
+    for key in ("rope_scaling", "rope_parameters"):             # of older and of newer files
+        rope = config.get(key) or {}
+        config = config | (rope if isinstance(rope, dict) else {"rope_type": rope})
+    for key, allowed in CONFIG.items():
+        wanted = " or ".join("absent" if v is None else repr(v) for v in allowed)
+        require(config.get(key) in allowed, path,
+                f"'{key}' is {config.get(key)!r:.60}; for a ggml file it must be {wanted}")
+    params = {key: config.get(word) for key, word in WORDS.items()}
+    return check_params(path, params | {"tied": config.get("tie_word_embeddings")}, WORDS)
+
+
+def translate_names(where: str, tensors: Tensors, params: dict) -> Tensors:
+    """The tensors by Meta's names and in Meta's order. ModelError if a name is unknown."""
+    tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if params.get("tied") and "model.embed_tokens.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    n = params["n_layers"]
+    names = *MODEL_NAMES, *(f"model.layers.{i}.{name}" for i in range(n) for name in LAYER_NAMES)
+    metas = dict(zip((f"{name}.weight" for name in names), tinyllama.architecture(n)))
+    for name in tensors:
+        require(name in metas, where, f"{name!r:.80} is no tensor of a LLaMA with {n} layers")
+    return {meta: tensors[name] for name, meta in metas.items() if name in tensors}
+
+
+def side_by_side(w: np.ndarray, head_dim: int) -> np.ndarray:
+    """[heads E, cols] -> [heads, E/2, 2, cols], a view: rows i and i + E/2 of a head are neighbours
+    there. They are moved when they are copied, chunk by chunk."""
+    return w.reshape(-1, 2, head_dim // 2, w.shape[-1]).swapaxes(1, 2)
+
+
+def read_safetensors(path: str) -> Tensors:
+    """The tensors of a safetensors file, mapped. ModelError unless they fill it without a gap."""
+    start, size = read_bytes(path, 256), os.path.getsize(path)
+    n, wrong = int.from_bytes(start[:8], "little"), "damaged or cut short"
+    require(8 + n <= size and n <= 100_000_000, path,           # the format's own limit
+            f"{n} bytes of JSON in a file of {size}: {wrong}, or not a safetensors file")
+    memory = np.memmap(path, np.uint8, "r")
+    try:
+        entries = {**json.loads(bytes(memory[8:8 + n]))}
+    except (ValueError, TypeError, RecursionError):
+        raise ModelError(f"{path}: bytes 8 to {8 + n} are not JSON: {wrong}") from None
+    entries.pop("__metadata__", None)
+    places, tensors, data, filled = [], {}, memory[8 + n:], 0
+    for name, entry in entries.items():
+        match entry:
+            case {"dtype": str(word), "shape": [*shape], "data_offsets": [int(begin), int(end)]} \
+                    if len(shape) in (1, 2) and all(type(k) is int and k > 0 for k in shape):
+                places.append((begin, end, name, word, shape))
+            case _:
+                raise ModelError(f"{path}: it does not say where {name!r:.60} lies: {wrong}")
+    for begin, end, name, word, shape in sorted(places):
+        require(word in TYPES, path, f"{name!r:.60} is {word!r:.20}, not {' or '.join(TYPES)}")
+        dtype = TYPES[word].dtype
+        require(begin == filled and end - begin == math.prod(shape) * dtype.itemsize
+                and end <= len(data), path,
+                f"{name!r:.60}, {word} {shape}, cannot be bytes {begin} to {end}: {wrong}")
+        tensors[name], filled = data[begin:end].view(dtype).reshape(shape), end
+    require(filled == len(data), path, f"{len(data) - filled} bytes after the tensors: {wrong}")
+    return tensors
+
+
+# -------------------------------------------------------------------------------------------------
+# 3. The vocabulary
+#
+# A ggml file has the text of each token and nothing else: no scores, no types, no rules for the
+# preparation of a text. tinyllama.py assumes what holds for LLaMA's own vocabulary. Whether it
+# holds for another one is found out by trying.
+# -------------------------------------------------------------------------------------------------
+
+def find_tokenizer(folder: str, hugging_face: bool) -> str:
+    """The model's own tokenizer.model; Meta's release has one for all sizes, in the parent."""
+    above = os.path.dirname(os.path.realpath(folder))           # of a symbolic link: its target's
+    tried = [os.path.join(place, "tokenizer.model") for place in (folder, above)[:2 - hugging_face]]
     for path in tried:
         if os.path.exists(path):
             return path
-    raise ModelError(f"no tokenizer.model: tried {' and '.join(tried)}; --tokenizer PATH names another place")
+    raise ModelError(f"no tokenizer.model: tried {' and '.join(tried)}; --tokenizer PATH names "
+                     f"another place. For a model that has a tokenizer.json alone, {INSTEAD}")
 
 
 def read_tokenizer(path: str) -> tuple[SentencePieceProcessor, list[bytes]]:
     """The tokenizer, and the bytes of each token as a ggml file holds them."""
-    if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", read_start(path)):
-        raise ModelError(f"{path}: a tiktoken vocabulary, as Llama 3 has, which has no place in a ggml file: {INSTEAD}")
+    model = read_bytes(path)
+    require(not re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", model), path,
+            f"a tiktoken vocabulary, as Llama 3 has: {INSTEAD}")
     from sentencepiece import SentencePieceProcessor
     try:
-        with open(path, "rb") as f:
-            tokenizer = SentencePieceProcessor(model_proto=f.read())
+        tokenizer = SentencePieceProcessor(model_proto=model)
         return tokenizer, [token_bytes(tokenizer, i) for i in range(tokenizer.vocab_size())]
     except (RuntimeError, ValueError):
         raise ModelError(f"{path}: not a sentencepiece model, or a damaged one") from None
@@ -138,183 +281,189 @@ def read_tokenizer(path: str) -> tuple[SentencePieceProcessor, list[bytes]]:
 
 def token_bytes(tokenizer: SentencePieceProcessor, i: int) -> bytes:
     """'\u2581the' -> b' the', '<0x0A>' -> b'\\n', '<s>' -> b''."""
+    if tokenizer.is_unknown(i) or tokenizer.is_control(i):
+        return tinyllama.UNKNOWN_PIECE if tokenizer.is_unknown(i) else b""
     piece = tokenizer.id_to_piece(i)
-    if tokenizer.is_unknown(i):
-        return UNKNOWN_PIECE
-    if tokenizer.is_control(i):
-        return b""
-    if tokenizer.is_byte(i):
-        return bytes([int(piece[1:-1], 16)])
-    return piece.replace("\u2581", " ").encode()
+    byte = tokenizer.is_byte(i)
+    return bytes([int(piece[1:-1], 16)]) if byte else piece.replace("\u2581", " ").encode()
 
 
-def ranks_follow_ids(tokenizer: SentencePieceProcessor) -> bool:
-    """Whether the scores rank merges as tinyllama.py must, which has the ids alone: by the id, but pieces of nothing but spaces
-    last and equal among themselves. Single characters do not count, since no merge makes them."""
-    words, spaces = [], []
-    for i in range(tokenizer.vocab_size()):
-        piece = tokenizer.id_to_piece(i)
-        if len(piece) > 1 and not (tokenizer.is_unknown(i) or tokenizer.is_control(i) or tokenizer.is_byte(i)):
-            (words if piece.strip("\u2581") else spaces).append(tokenizer.get_score(i))
-    spaces_last = len(set(spaces)) <= 1 and not (words and spaces and max(spaces) >= min(words))
-    return spaces_last and all(a > b for a, b in zip(words, words[1:]))
+def added_tokens(folder: str) -> dict[str, str]:
+    """{id: text} of the tokens that a model has beyond those of sentencepiece."""
+    by_text, config = (read_json(path) if os.path.exists(path) else {} for path in (
+        os.path.join(folder, "added_tokens.json"), os.path.join(folder, "tokenizer_config.json")))
+    added, by_id = {str(i): text for text, i in by_text.items()}, config.get("added_tokens_decoder")
+    for i, token in by_id.items() if isinstance(by_id, dict) else ():
+        added[i] = str(token.get("content", "")) if isinstance(token, dict) else ""
+    return added
 
 
-def unsaid(params: dict, tokenizer: SentencePieceProcessor) -> Iterator[str]:
-    """What of a model the ggml file has no place for, where it is not what tinyllama.py assumes."""
-    for key, usual, flag in (("norm_eps", 1e-6, "--norm-eps"), ("rope_theta", 10000, "--rope-freq-base")):
+PROBES = ("a", " a", "a ", "a  b", "    ", "\t\n", "1234567890", "na\u00efve", "e\u0301", "\uff21",
+          "\ufb01\u00bd", "\u4e16\U0001f999", "\u2581", "<s>")
+
+
+def unsaid(params: dict, tokenizer: SentencePieceProcessor, pieces: list[bytes]) -> Iterator[str]:
+    """What a ggml file cannot say of a model, where it is not what tinyllama.py assumes."""
+    for key, usual, flag in (("norm_eps", 1e-6, "--norm-eps"),
+                             ("rope_theta", 10000, "--rope-freq-base")):
         if (value := params.get(key, usual)) != usual:
             text = f"{value:.10g}".replace("e-0", "e-")
-            yield f"a ggml file cannot say that {key} is {text}: run tinyllama.py with {flag} {text}"
-    if unknown := [key for key, value in params.items() if value and key not in KNOWN_PARAMS]:
-        yield f"params.json also has {', '.join(map(repr, unknown))}: ignored, so the model may not be the LLaMA that is assumed"
-    if not ranks_follow_ids(tokenizer):
-        yield ("the vocabulary's scores do not follow its ids, and a ggml file has no scores: "
-               "tinyllama.py will cut some texts into other tokens than sentencepiece does")
-    if (ids := (tokenizer.bos_id(), tokenizer.eos_id())) != (1, GGML_EOS):
-        yield f"a ggml file cannot say that the tokens of begin and end are {ids}: tinyllama.py takes {(1, GGML_EOS)}"
+            yield f"a ggml file has no {key}, {text} here: run tinyllama.py with {flag} {text}"
+    if window := params.get("sliding_window"):
+        yield f"a ggml file has no sliding_window, {window} here: stay within -c {window}"
+    if unknown := [key for key in params if params[key] and key not in {*WORDS, *HARMLESS}]:
+        yield f"params.json also has {', '.join(map(repr, unknown))}, which is ignored"
+    if (ids := (tokenizer.bos_id(), tokenizer.eos_id())) != (1, tinyllama.GGML_EOS):
+        yield f"the tokens of begin and end are {ids}, but tinyllama.py takes (1, 2)"
+
+    ours = tinyllama.ggml_tokenizer(pieces)
+    texts = {i: piece.decode() for i, piece in enumerate(pieces)
+             if len(piece) > 1 and not tokenizer.is_unknown(i)}
+    for text in (*PROBES, *(f"a{text}b" for text in texts.values())):
+        if ours.encode(text) != tokenizer.encode(text):
+            yield (f"a ggml file cannot say how this vocabulary is used: tinyllama.py cuts "
+                   f"{text!r} into other tokens than sentencepiece does")
+            return
+    # tinyllama.py ranks merges by their ids, but spaces alone come last, as equals. Do the scores
+    # do so? (No merge makes a single character. Two different scores of spaces are in disorder.)
+    scores = [(tokenizer.get_score(i), text) for i, text in texts.items() if len(text) > 1]
+    ranks = [score for score, text in scores if text.strip(" ")]
+    ranks += sorted({score for score, text in scores if not text.strip(" ")})
+    if any(a <= b for a, b in zip(ranks, ranks[1:])):
+        yield ("a ggml file has no scores, and this vocabulary's do not follow its ids: "
+               "tinyllama.py cuts some texts into other tokens than sentencepiece does")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# 2. The weights
-# ---------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# 4. The ggml file
+# -------------------------------------------------------------------------------------------------
 
-def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
-    """The tensors of one part by name, in its order. Those of today's .pth files are mapped, not read: they take no memory."""
-    start = read_start(path)
-    import torch
-    torch.set_num_threads(1)                              # one outruns any disk; several spin, waiting for each other
-    try:
-        # A zip file can be mapped where nothing in it is compressed (torch never does). Old torch wrote no zip files.
-        mmap = start.startswith(b"PK") and not any(entry.compress_type for entry in zipfile.ZipFile(path).infolist())
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        asks = re.search(r"(?:GLOBAL|[Cc]lass) ([\w.]+)", str(error))
-        raise ModelError(f"{path}: refused, and nothing in it was run: not a checkpoint of plain tensors"
-                         + (f", since it calls for {asks[1]}" if asks else "")) from None
-    except Exception as error:                            # torch raises what it likes at damage, with pages of advice
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise ModelError(f"{path}: damaged or cut short{reason and f' ({reason})'}") from None
-    if not isinstance(tensors, dict):
-        raise ModelError(f"{path}: it holds a {type(tensors).__name__} instead of tensors by name")
-    tensors = {name: tensor for name, tensor in tensors.items() if not str(name).endswith("freqs")}
-    for name, tensor in tensors.items():
-        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta and tensor.numel()
-        if not plain or str(tensor.dtype) not in TYPES:
-            raise ModelError(f"{path}: '{name}' is not a tensor of float16, bfloat16 or float32 numbers")
-    return tensors
-
-
-def check_part(path: str, tensors: dict[str, torch.Tensor], header: Header, params: dict, n_parts: int) -> dict[str, int]:
-    """Raise ModelError unless these are one part of `n_parts` of the model that params.json and the tokenizer speak of.
-
-    Returns the sizes of the whole model, which are the same for each part.
-    """
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    rows = shapes.get("tok_embeddings.weight", ())[:1]
-    if rows and rows != (header.n_vocab,):
-        raise ModelError(f"{path}: tok_embeddings.weight has {rows[0]} rows, but the tokenizer has {header.n_vocab} tokens: "
-                         "it is the tokenizer of another model")
-    sizes = {"V": header.n_vocab, "D": header.dim, "HE": header.dim}
+def check_part(where: str, tensors: Tensors, params: dict, n_parts: int) -> dict[str, int]:
+    """The sizes of the whole model. ModelError unless these are one of its `n_parts` parts."""
+    shapes, dim = {name: tensor.shape for name, tensor in tensors.items()}, params["dim"]
+    parts, head_dim = tinyllama.count_parts(shapes, dim), dim // params["n_heads"]
+    sizes = {"V": len(tensors.get("tok_embeddings.weight", ())), "D": dim, "Q": dim, "E": head_dim}
     if "n_kv_heads" in params:
-        sizes["KE"] = params["n_kv_heads"] * header.rot
-    sizes = check_tensors(path, shapes, header.n_layers, sizes)
-    if sizes["parts"] != n_parts:
-        raise ModelError(f"{path}: one of {sizes['parts']} parts, as the width of its tok_embeddings says, but there are {n_parts}")
-    if sizes["KE"] % header.rot or header.n_heads * header.rot % sizes["KE"]:
-        raise ModelError(f"{path}: {header.n_heads} heads of {header.rot} cannot share the {sizes['KE']} rows of wk")
+        sizes["K"] = params["n_kv_heads"] * head_dim
+    if "hidden_dim" in params:
+        sizes["F"] = params["hidden_dim"]
+    sizes = tinyllama.check_shapes(where, shapes, params["n_layers"], sizes, parts)
+    require(parts == n_parts, where, f"one of {parts} parts, as the width of its tok_embeddings "
+                                     f"says, but there are {n_parts}")
     return sizes
 
 
-def write_part(source: str, out: str, header: Header, pieces: list[bytes], tensors: dict[str, torch.Tensor]) -> int:
-    """Write the ggml file `out`, with a line on stdout for each tensor; return its size in bytes. Vectors are always float32."""
-    print(f"{os.path.basename(source)} -> {os.path.basename(out)}", flush=True)
-    with replacing(out) as f:
-        write_ggml_header(f, header, pieces)
+def write_part(where: str, out: str, header: Header, pieces: list[bytes], tensors: Tensors,
+               halves: bool) -> int:
+    """Write the ggml file `out`, with a line on stdout for each tensor; return its size in bytes.
+
+    Vectors are always float32. With `halves`, the rows of wq and wk are in Hugging Face's order.
+    """
+    print(f"{os.path.basename(where)} -> {os.path.basename(out)}", flush=True)
+    with tinyllama.replacing(out) as f:
+        tinyllama.write_ggml_header(f, header, pieces)
         for name, tensor in tensors.items():
-            kind = GGML_TYPES[header.ftype] if tensor.dim() == 2 else F32
+            kind = tinyllama.TYPES["ggml"][header.ftype] if tensor.ndim == 2 else F32
             write_ggml_tensor_header(f, name, kind, tensor.shape)
-            not_finite = too_large = 0
-            for old in tensor.detach().split(max(1, CHUNK // tensor[0].numel())):
-                new = old.half() if kind is F16 else old.float()              # rounds to nearest, halves to even
-                if not new.abs().max() < math.inf:                            # false for a NaN, too
-                    not_finite += int((~old.isfinite()).sum())
-                    too_large += int((~new.isfinite()).sum())
-                f.write(new.contiguous().numpy().data)
-            if not_finite:
-                raise ModelError(f"{source}: tensor '{name}' has {not_finite} values that are NaN or infinite: damaged")
-            if too_large:
-                raise ModelError(f"{source}: tensor '{name}' has {too_large} values that float16 cannot hold: use ftype 0")
-            print(f"{name:40} {list(tensor.shape)!s:>16}  {TYPES[str(tensor.dtype)].name:>4} -> {kind.name}"
-                  f"  {tensor.numel() * kind.dtype.itemsize / MB:9.2f} MB", flush=True)
+            reorder = halves and name.endswith(("wq.weight", "wk.weight"))
+            rows = side_by_side(tensor, header.rot) if reorder else tensor
+            step = max(1, CHUNK * len(rows) // rows.size)
+            for i in range(0, len(rows), step):
+                old = rows[i:i + step]
+                if old.dtype == BF16.dtype:             # it is the upper half of a float32
+                    old = (old.astype("<u4") << 16).view("<f4")
+                with np.errstate(over="ignore"):        # rounds to nearest, halves to even
+                    new = old.astype(kind.dtype, order="C", copy=False)
+                require(finite(old), where, f"tensor '{name}' has NaN or infinity: damaged")
+                require(finite(new), where,
+                        f"tensor '{name}' has values that float16 cannot hold: use ftype 0")
+                f.write(new)
+            print(f"{name:40} {list(tensor.shape)!s:>16}  {kind.name}  "
+                  f"{tensor.size * kind.dtype.itemsize / MB:9.2f} MB", flush=True)
         return f.tell()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# 3. The command line
-# ---------------------------------------------------------------------------------------------------------------------------
+def finite(x: np.ndarray) -> bool:
+    """No NaN or infinity: they have all bits of the exponent. (np.isfinite is slow for float16.)"""
+    bits, exponent = (a.view(f"<u{x.itemsize}") for a in (x, np.array([np.inf], x.dtype)))
+    return bool((bits & exponent).max() < exponent)
 
-def convert(folder: str, ftype: int = 1, tokenizer: str | None = None, out: str | None = None, force: bool = False) -> None:
-    """Convert the checkpoint in `folder`: ftype 0 to float32, 1 to float16. It reports on stdout and warns on stderr.
 
-    Raises ModelError for what is not a checkpoint of a LLaMA model, and OSError.
+# -------------------------------------------------------------------------------------------------
+# 5. The command line
+# -------------------------------------------------------------------------------------------------
+
+def convert(folder: str, ftype: int = 1, tokenizer: str | None = None, out: str | None = None,
+            force: bool = False) -> None:
+    """Convert the checkpoint in `folder`: ftype 0 to float32, 1 to float16.
+
+    It reports on stdout and warns on stderr. Raises ModelError for what is not a checkpoint of a
+    LLaMA model, and OSError.
     """
-    start, size = time.monotonic(), 0
-    sources = find_parts(folder)
-    outputs = part_paths(os.path.join(out or folder, f"ggml-model-{GGML_TYPES[ftype].name}.bin"), len(sources))
+    start, size, parts = time.monotonic(), 0, find_parts(folder)
+    hugging_face = not os.path.exists(os.path.join(folder, "consolidated.00.pth"))
+    name = f"ggml-model-{tinyllama.TYPES['ggml'][ftype].name}.bin"
+    outputs = tinyllama.part_paths(os.path.join(out or folder, name), len(parts))
     kept = [path for path in outputs if os.path.exists(path) and not force]
     for path in kept:
         print(f"{os.path.basename(path)} exists already: kept (--force makes it again)", flush=True)
     if kept == outputs:
         return
 
-    params = read_params(os.path.join(folder, "params.json"))
-    processor, pieces = read_tokenizer(tokenizer or find_tokenizer(folder))
-    dim, n_heads = params["dim"], params["n_heads"]
-    header = Header(len(pieces), dim, params["multiple_of"], n_heads, params["n_layers"], dim // n_heads, ftype)
-    print(", ".join(f"{key} {value}" for key, value in header._asdict().items()), flush=True)
+    path = os.path.join(folder, "config.json" if hugging_face else "params.json")
+    params = (translate_config if hugging_face else check_params)(path, read_json(path))
+    vocabulary = tokenizer or find_tokenizer(folder, hugging_face)
+    processor, pieces = read_tokenizer(vocabulary)
+    print(f"tokenizer: {vocabulary}, {len(pieces)} tokens", flush=True)
+    notes, added, sizes = [*unsaid(params, processor, pieces)], added_tokens(folder), None
     os.makedirs(out or folder, exist_ok=True)
 
-    sizes = None
-    for source, output in zip(sources, outputs):
-        if output not in kept:
-            tensors = read_checkpoint(source)
-            part = check_part(source, tensors, header, params, len(sources))
-            if part != (sizes := sizes or part):
-                raise ModelError(f"{source}: its sizes {part} are not those of the parts before it, {sizes}: of another model")
-            size += write_part(source, output, header, pieces, tensors)
-            del tensors                                   # before the next one is read: some cannot be mapped
-    seconds = time.monotonic() - start
-    n = len(outputs) - len(kept)
+    for files, output in zip(parts, outputs):
+        if output in kept:
+            continue
+        where = files[0] if len(files) == 1 else folder
+        tensors: Tensors = {}
+        for path in files:
+            tensors |= (read_safetensors if path.endswith(".safetensors") else read_pickle)(path)
+        if hugging_face:
+            tensors = translate_names(where, tensors, params)
+        part = check_part(where, tensors, params, len(parts))
+        sizes, n = sizes or part, part["V"]
+        require(part == sizes, where, f"its sizes {part} are not those of the parts before it, "
+                                      f"{sizes}: of another model")
+        require(n >= len(pieces), where, f"tok_embeddings.weight has {n} rows, but {vocabulary} "
+                                         f"{len(pieces)} tokens: it is another model's")
+        more = [added.get(str(i), "") for i in range(len(pieces), n)]
+        header = Header(n, params["dim"], params["multiple_of"], params["n_heads"],
+                        params["n_layers"], params["dim"] // params["n_heads"], ftype)
+        texts = pieces + [text.encode(errors="replace") for text in more]
+        size += write_part(where, output, header, texts, tensors, hugging_face)
+        del tensors                                     # before the next: some cannot be mapped
+    seconds, n = time.monotonic() - start, len(outputs) - len(kept)
     print(f"total: {n} file{'s' * (n > 1)}, {size / MB:.2f} MB in {seconds:.1f} s", flush=True)
-    for note in unsaid(params, processor):                # last, where it is seen
-        log(f"warning: {note}")
-
-
-EXAMPLES = """examples:
-  python convert.py models/7B/            float16, the usual way
-  python convert.py models/7B/ 0          float32: twice the size, for values that float16 cannot hold
-  python convert.py /media/disk/7B --tokenizer /media/disk/tokenizer.model --out models/7B
-
-then make it small, and run it:
-  python quantize.py models/7B/ggml-model-f16.bin models/7B/ggml-model-q4_0.bin 2
-  python tinyllama.py -m models/7B/ggml-model-q4_0.bin -p "Simply put, quantum entanglement states that"
-"""
+    for note in notes:                                  # last, where it is seen
+        tinyllama.log(f"warning: {note}")
+    if unnamed := more.count(""):
+        tinyllama.log(f"warning: {unnamed} rows of tok_embeddings have no name in {vocabulary}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, 1 after an error (one line on stderr), 130 after Ctrl-C; argparse exits with 2 for wrong usage."""
-    parser = argparse.ArgumentParser(prog="convert.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dir", metavar="DIR", help="folder with params.json and consolidated.00.pth, .01, ...")
+    """The exit code: 0, 1 after an error (one line on stderr), 130 after Ctrl-C; argparse exits
+    with 2 for wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog="convert.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dir", metavar="DIR", help="folder of the checkpoint")
     parser.add_argument("ftype", metavar="FTYPE", type=int, nargs="?", default=1, choices=(0, 1),
                         help="type of the matrices: 0 float32, 1 float16 (default)")
-    parser.add_argument("--tokenizer", metavar="PATH", help="default: tokenizer.model in DIR's parent folder, else in DIR")
+    parser.add_argument("--tokenizer", metavar="PATH", help="default: tokenizer.model in DIR, or, "
+                        "with Meta's layout, in its parent folder")
     parser.add_argument("--out", metavar="DIR", help="folder to write to (default: DIR)")
-    parser.add_argument("--force", action="store_true", help="convert again what is there already; otherwise it is kept")
+    parser.add_argument("--force", action="store_true",
+                        help="convert again what is there already; otherwise it is kept")
     args = parser.parse_args(argv)
-    warnings.simplefilter("ignore")                       # those of torch are not for users
-    return exit_code(lambda: convert(args.dir, args.ftype, args.tokenizer, args.out, args.force))
+    return tinyllama.exit_code(
+        lambda: convert(args.dir, args.ftype, args.tokenizer, args.out, args.force))
 
 
 if __name__ == "__main__":

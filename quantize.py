@@ -2,11 +2,11 @@
 """Quantize a ggml model file: from 16 or 32 bits a weight to 5 (q4_0) or 6 (q4_1).
 
     python quantize.py models/7B/ggml-model-f16.bin models/7B/ggml-model-q4_0.bin q4_0
-    python quantize.py models/13B                       every part of models/13B/ggml-model-f16.bin
+    python quantize.py models/13B                   every part of models/13B/ggml-model-f16.bin
 
-32 neighbouring weights become a block: a scale or two that they share, and 4 bits each. Chapter 1 of tinyllama.py draws the
-blocks and turns them back into weights; this is the other direction. The files are byte for byte those of the original of
-March 2023, so every step here is the float32 step that it took.
+32 neighbouring weights become a block: a scale or two that they share, and 4 bits each. Chapter 1
+of tinyllama.py draws the blocks and turns them back into weights; this is the other direction. The
+files are byte for byte those of llama.cpp of March 2023, so each step is its step in float32.
 """
 from __future__ import annotations
 
@@ -18,42 +18,30 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import BinaryIO, Callable, Iterable, Iterator, Sequence
 
-from tinyllama import (
-    F32,
-    GGML_TYPES,
-    Q4_0,
-    Q4_1,
-    Header,
-    ModelError,
-    Tensor,
-    Type,
-    exit_code,
-    f32,
-    number,
-    part_paths,
-    read_ggml,
-    read_ggml_parts,
-    read_rows,
-    read_vector,
-    replacing,
-    write_ggml_header,
-    write_ggml_tensor_header,
-)
+import tinyllama
+from tinyllama import F32, Q4_0, Q4_1, TYPES, Header, ModelError, Tensor, Type, f32, require
 
 # isort: split
 import numpy as np  # after tinyllama, which sets it up
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 1. Weights to blocks
 #
-# As in tinyllama.py, numpy is to work on many blocks at once, so they stand in columns: row j has weight j of each block.
-# ---------------------------------------------------------------------------------------------------------------------------
+# numpy works on many blocks at once, so they stand in columns: row j has weight j of each block.
+#
+# q4_0 is w = d * (n - 8), so n in 0..15 could say -8 d to 7 d. But d is a seventh of the largest
+# |w|, not an eighth: that weight may have either sign, and 8 d could not be said. With a seventh
+# both ends are exact; the price is that n is 1..15 and never 0. (Later formats give d the sign
+# that turns the largest weight into -8 d, and use all 16.) q4_1 spends a second number, the
+# smallest weight m, to use all 16: w = d * n + m.
+# -------------------------------------------------------------------------------------------------
 
-BLOCK = Q4_0.block                                        # 32 weights; q4_1 has as many
+BLOCK = 32
 
-# The original's round() takes halves away from zero; np.round takes them to the even neighbour. Adding 0.5 and truncating does
-# it but for one float32: 0.49999997 + 0.5 is rounded to 1. Adding the float32 before 0.5 does it for every |v| < 2^22: a tie
-# k + 0.5 becomes k + 1 - 2^-25, which float32 rounds to k + 1, and the float32 before the tie stays below k + 1.
+# The original's round() takes halves away from zero; np.round takes them to the even neighbour.
+# Adding 0.5 and truncating does it but for one float32: 0.49999997 + 0.5 is rounded to 1. Adding
+# the float32 before 0.5 does it for every |v| < 2^22: a tie k + 0.5 becomes k + 1 - 2^-25, which
+# float32 rounds to k + 1, and the float32 before the tie stays below k + 1.
 HALF = np.nextafter(f32(0.5), f32(0))
 
 
@@ -61,7 +49,7 @@ def columns(x: np.ndarray) -> np.ndarray:
     """[..., n] floats -> [BLOCK, blocks] float32."""
     if not x.ndim or x.shape[-1] % BLOCK:
         raise ValueError(f"rows of shape {list(x.shape)} are not whole blocks of {BLOCK}")
-    with np.errstate(over="ignore"):                      # what is beyond float32 becomes infinite
+    with np.errstate(over="ignore"):                    # what is beyond float32 becomes infinite
         v = x.reshape(-1, BLOCK).T.astype(f32, order="C")
     if not np.isfinite(v).all():
         raise ValueError("NaN or infinity among the weights")
@@ -69,84 +57,85 @@ def columns(x: np.ndarray) -> np.ndarray:
 
 
 def inverse(d: np.ndarray) -> np.ndarray:
-    """1 / d, or 0 where that is not finite, because d is 0 or so small that 1 / d is beyond float32. The original went on with infinities
-    and NaNs there, which its casts made the same nibbles of as 0 makes."""
+    """1 / d, or 0 where that is beyond float32. (The original went on with infinity and NaN; its
+    casts made the same n of these as of 0.)"""
     with np.errstate(divide="ignore", over="ignore"):
         inverted = f32(1) / d
     return np.where(np.isfinite(inverted), inverted, f32(0))
 
 
-def join(kind: Type, shape: tuple[int, ...], nibbles: np.ndarray, **scales: np.ndarray) -> np.ndarray:
-    """[BLOCK, blocks] nibbles and [blocks] scales -> the blocks of an array of weights of that shape."""
-    blocks = np.empty(nibbles.shape[1], kind.dtype)
+def join(kind: Type, shape: tuple[int, ...], n: np.ndarray, **scales: np.ndarray) -> np.ndarray:
+    """n [BLOCK, blocks] and scales [blocks] -> the blocks of an array of weights of that shape."""
+    blocks = np.empty(n.shape[1], kind.dtype)
     for name, values in scales.items():
         blocks[name] = values
-    blocks["q"] = (nibbles[0::2] | nibbles[1::2] << 4).T
+    blocks["q"] = (n[0::2] | n[1::2] << 4).T
     return blocks.reshape(*shape[:-1], shape[-1] // BLOCK)
 
 
 def quantize_q4_0(x: np.ndarray) -> np.ndarray:
-    """[..., n] floats -> [..., n / 32] blocks of tinyllama.Q4_0.dtype: w = d * (nibble - 8), where 7 d is the largest |x|.
+    """[..., n] floats -> [..., n / 32] blocks of tinyllama.Q4_0.dtype, w = d * (n - 8), n in 1..15.
 
-    [-7, 2.5, 0, ..., 0] becomes d = 1 and the nibbles [1, 11, 8, ..., 8]. tinyllama.dequantize is the approximate inverse: it
-    makes [-7, 3, 0, ..., 0] of them. A weight moves by at most d / 2 (and the rounding of float32).
-    Raises ValueError unless n is a multiple of 32 and all of x is finite as float32.
+    [-7, 2.5, 0, ..., 0] becomes d = 1 and n = [1, 11, 8, ..., 8]. tinyllama.dequantize is the
+    approximate inverse: it makes [-7, 3, 0, ..., 0] of them. A weight moves by at most d / 2 (and
+    the rounding of float32). ValueError unless n is a multiple of 32 and x finite as float32.
     """
     x = np.asarray(x)
     v = columns(x)
     d = np.abs(v).max(axis=0) / f32(7)
-    v *= inverse(d)                                       # as the original; v / d can differ in the last bit
+    v *= inverse(d)                                     # v / d can differ in the last bit
     v += np.copysign(HALF, v)
     return join(Q4_0, x.shape, (v.astype(np.int8) + np.int8(8)).view(np.uint8), d=d)
 
 
 def quantize_q4_1(x: np.ndarray) -> np.ndarray:
-    """[..., n] floats -> [..., n / 32] blocks of tinyllama.Q4_1.dtype: w = d * nibble + m, from the smallest x, m, to m + 15 d.
+    """[..., n] floats -> [..., n / 32] blocks of tinyllama.Q4_1.dtype, w = d * n + m, n in 0..15.
 
-    [-5, 10, 1.5, 0, ..., 0] becomes d = 1, m = -5 and the nibbles [0, 15, 7, 5, ..., 5]. tinyllama.dequantize is the approximate
-    inverse: it makes [-5, 10, 2, 0, ..., 0] of them. A weight moves by at most d / 2 (and the rounding of float32).
-    Raises ValueError unless n is a multiple of 32 and all of x is finite as float32.
+    [-5, 10, 1.5, 0, ..., 0] becomes d = 1, m = -5 and n = [0, 15, 7, 5, ..., 5].
+    tinyllama.dequantize is the approximate inverse: it makes [-5, 10, 2, 0, ..., 0] of them. A
+    weight moves by at most d / 2 (and the rounding of float32). ValueError as for q4_0.
     """
     x = np.asarray(x)
     v = columns(x)
     m = v.min(axis=0)
-    zero = np.flatnonzero(m == 0)                         # 0.0 and -0.0 are equal: the original keeps the first, min any
-    m[zero] = v[v[:, zero].argmin(axis=0), zero]
-    # The original looks for the largest weight from the smallest normal float32 upwards (FLT_MIN, taken for the most negative
-    # float): blocks without a positive weight reach up to 0 and waste nibbles, and a block of zeros has a d that is not 0.
+    zero = np.flatnonzero(m == 0)                       # 0.0 and -0.0 are equal, and min takes
+    m[zero] = v[v[:, zero].argmin(axis=0), zero]        # either; the original keeps the first
+    # The original looks for the largest weight from the smallest normal float32 upwards (FLT_MIN,
+    # taken for the most negative float). So blocks without a positive weight reach up to 0 and
+    # waste some n, and a block of zeros has a d that is not 0.
     largest = v.max(axis=0, initial=np.finfo(f32).tiny)
     with np.errstate(over="ignore"):
         d = (largest - m) / f32(15)
     scale = inverse(d)
-    v -= np.where(scale > 0, m, f32(0))                   # where d is infinite, v - m may be too, and times 0 it would be NaN
+    v -= np.where(scale > 0, m, f32(0))     # where d is infinite, v - m may be, and times 0 is NaN
     v *= scale
     v += HALF
     return join(Q4_1, x.shape, v.astype(np.uint8), d=d, m=m)
 
 
-QUANTIZERS = {2: quantize_q4_0, 3: quantize_q4_1}         # by ftype
-FTYPES = {word: ftype for ftype in QUANTIZERS for word in (str(ftype), GGML_TYPES[ftype].name)}
+QUANTIZERS = {2: quantize_q4_0, 3: quantize_q4_1}       # by ftype
+FTYPES = {word: ftype for ftype in QUANTIZERS for word in (str(ftype), TYPES["ggml"][ftype].name)}
 
 
 def histogram(blocks: np.ndarray) -> np.ndarray:
-    """How often each of the 16 nibbles occurs in the blocks."""
+    """How often each n, 0 to 15, occurs in the blocks."""
     counts = np.bincount(blocks["q"].ravel(), minlength=256).reshape(16, 16)
     return counts.sum(axis=0) + counts.sum(axis=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 2. Files
 #
-# A matrix is read in chunks of rows. They go through a pool of threads (numpy lets go of Python's lock while it computes) and
-# then, in their order, into the new file. So memory holds a few chunks, never a matrix.
-# ---------------------------------------------------------------------------------------------------------------------------
+# A matrix is read in chunks of rows. They go through a pool of threads (numpy releases Python's
+# lock while it computes) and then, in order, into the new file: memory holds a few chunks.
+# -------------------------------------------------------------------------------------------------
 
-CHUNK = 1 << 18                                           # weights: what a thread computes with fits into its L2 cache
+CHUNK = 1 << 18                             # weights: what a thread works on fits its L2 cache
 MB = 1 << 20
 
 
 def in_order(pool: Executor, work: Callable, items: Iterable, ahead: int) -> Iterator:
-    """pool.map(work, items), but an item is taken only when fewer than `ahead` results are still to come."""
+    """pool.map(work, items), but an item is taken only while fewer than `ahead` are pending."""
     pending: deque = deque()
     for item in items:
         pending.append(pool.submit(work, item))
@@ -156,22 +145,17 @@ def in_order(pool: Executor, work: Callable, items: Iterable, ahead: int) -> Ite
         yield pending.popleft().result()
 
 
-def becomes_blocks(tensor: Tensor) -> bool:
-    """Matrices do; the norms stay as they are."""
-    return len(tensor.shape) == 2
-
-
 Source = tuple[Header, list[bytes], dict[str, Tensor]]
 
 
 def read_source(path: str) -> Source:
     """Open a file, which may be one part of several. ModelError if it cannot be quantized."""
-    header, pieces, tensors, _ = read_ggml(path)
+    header, pieces, tensors, _ = tinyllama.read_ggml(path)
     for t in tensors.values():
-        if t.type.unpack:
-            raise ModelError(f"{path}: tensor '{t.name}' is {t.type.name} already: quantize the f16 or f32 file it was made of")
-        if becomes_blocks(t) and t.shape[-1] % BLOCK:
-            raise ModelError(f"{path}: tensor '{t.name}' has rows of {t.shape[-1]} weights, not whole blocks of {BLOCK}")
+        require(t.type.per_record == 1, path, f"tensor '{t.name}' is {t.type.name} already: "
+                                              "quantize the f16 or f32 file it was made of")
+        require(len(t.shape) == 1 or t.shape[-1] % BLOCK == 0, path,
+                f"tensor '{t.name}' has rows of {t.shape[-1]}, not whole blocks of {BLOCK}")
     return header, pieces, tensors
 
 
@@ -184,50 +168,52 @@ def write_blocks(f: BinaryIO, tensor: Tensor, ftype: int, pool: Executor, ahead:
             raise ModelError(f"{tensor.sources[0][0]}: tensor '{tensor.name}': {error}") from None
         return blocks, histogram(blocks)
 
+    chunks = tinyllama.read_rows(tensor, max(1, CHUNK // tensor.shape[-1]))
     total = np.zeros(16, np.int64)
-    for blocks, counts in in_order(pool, work, read_rows(tensor, max(1, CHUNK // tensor.shape[-1])), ahead):
+    for blocks, counts in in_order(pool, work, chunks, ahead):
         f.write(blocks)
         total += counts
     return total
 
 
 def quantize_file(source: Source, f: BinaryIO, ftype: int, pool: Executor, ahead: int) -> None:
-    """Write a model file to `f` as type `ftype`, and to stdout the report that the original gives."""
-    def format_histogram(counts: np.ndarray) -> str:
+    """Write a model file to `f` as type `ftype`, and to stdout the report that the original gives:
+    sizes before (always as if float32) and after, and the histograms."""
+    def fractions(counts: np.ndarray) -> str:
         return ("hist: " + 16 * "%5.3f ") % tuple(counts.astype(f32) / f32(counts.sum()))
 
     header, pieces, tensors = source
-    write_ggml_header(f, header._replace(ftype=ftype), pieces)
+    tinyllama.write_ggml_header(f, header._replace(ftype=ftype), pieces)
     total, total_old, total_new = np.zeros(16, np.int64), 0, 0
     for t in tensors.values():
-        kind = GGML_TYPES[ftype] if becomes_blocks(t) else t.type
-        old, new = t._replace(type=F32).nbytes, t._replace(type=kind).nbytes          # old: as if the file were f32, always
-        print("%48s - [%5d, %5d], type = %6s " % (t.name, *(*reversed(t.shape), 1)[:2], t.type.name), end="", flush=True)
-        write_ggml_tensor_header(f, t.name, kind, t.shape)
-        if becomes_blocks(t):
+        matrix = len(t.shape) == 2                      # the norms stay as they are
+        kind = TYPES["ggml"][ftype] if matrix else t.type
+        old, new = t._replace(type=F32).nbytes, t._replace(type=kind).nbytes
+        dims = (*reversed(t.shape), 1)[:2]
+        print("%48s - [%5d, %5d], type = %6s " % (t.name, *dims, t.type.name), end="", flush=True)
+        tinyllama.write_ggml_tensor_header(f, t.name, kind, t.shape)
+        if matrix:
             counts = write_blocks(f, t, ftype, pool, ahead)
-            print("quantizing .. size = %8.2f MB -> %8.2f MB | %s" % (old / MB, new / MB, format_histogram(counts)), flush=True)
+            print("quantizing .. size = %8.2f MB -> %8.2f MB | %s"
+                  % (old / MB, new / MB, fractions(counts)), flush=True)
             total += counts
         else:
-            f.write(read_vector(t).astype(kind.dtype))
+            f.write(tinyllama.read_vector(t).astype(kind.dtype))
             print("size = %8.3f MB" % (new / MB), flush=True)
         total_old, total_new = total_old + old, total_new + new
-    print("model size  = %8.2f MB" % (total_old / MB))
-    print("quant size  = %8.2f MB" % (total_new / MB))
-    print(format_histogram(total), flush=True)
+    print("model size  = %8.2f MB\nquant size  = %8.2f MB" % (total_old / MB, total_new / MB))
+    print(fractions(total), flush=True)
 
 
 def quantize_files(files: Sequence[tuple[str, str]], ftype: int, threads: int) -> None:
-    """Quantize each (path, target). The targets get their names when all are complete, so that parts always belong together.
-
-    Raises ModelError if a file cannot be quantized, OSError if one cannot be read or written.
-    """
-    sources = [read_source(path) for path, _ in files]    # a complaint about any comes before the work on the first
+    """Quantize each (path, target). All targets get their names in the end, so that parts always
+    belong together. ModelError for a file that cannot be quantized, OSError."""
+    sources = [read_source(path) for path, _ in files]  # any complaint comes before the work
     for path, target in files:
-        if os.path.exists(target) and os.path.samefile(path, target):
-            raise ModelError(f"{target}: the input itself; quantize it into another file")
+        require(not os.path.exists(target) or not os.path.samefile(path, target), target,
+                "the input itself; quantize it into another file")
     with ThreadPoolExecutor(threads) as pool, ExitStack() as stack:
-        outputs = [stack.enter_context(replacing(target)) for _, target in files]
+        outputs = [stack.enter_context(tinyllama.replacing(target)) for _, target in files]
         for (path, target), source, f in zip(files, sources, outputs):
             if len(files) > 1:
                 print(f"{os.path.basename(path)} -> {os.path.basename(target)}", flush=True)
@@ -235,40 +221,46 @@ def quantize_files(files: Sequence[tuple[str, str]], ftype: int, threads: int) -
 
 
 def folder_files(folder: str, ftype: int) -> list[tuple[str, str]]:
-    """(source, target) for each part of the f16 model in a folder. ModelError if there is none, or a part is missing."""
-    if not os.path.isdir(folder):
-        raise ModelError(f"{folder}: not a folder; to quantize one file, give IN OUT TYPE")
-    source, wide, target = (os.path.join(folder, f"ggml-model-{name}.bin") for name in ("f16", "f32", GGML_TYPES[ftype].name))
-    if not os.path.exists(source):
-        raise ModelError(f"{source}: missing" + (f", but there is {wide}: quantize that with quantize.py {wide} {target} {ftype}"
-                                                 if os.path.exists(wide) else ""))
-    *_, sizes = read_ggml_parts(source)
-    return list(zip(part_paths(source, sizes["parts"]), part_paths(target, sizes["parts"])))
+    """(source, target) for each part of the f16 model in a folder. ModelError if one is missing."""
+    require(os.path.isdir(folder), folder, "not a folder; to quantize one file, give IN OUT TYPE")
+    source, wide, target = (os.path.join(folder, f"ggml-model-{name}.bin")
+                            for name in ("f16", "f32", TYPES["ggml"][ftype].name))
+    hint = f", but there is {wide}: quantize that with quantize.py {wide} {target} {ftype}"
+    require(os.path.exists(source), source, f"missing{hint if os.path.exists(wide) else ''}")
+    *_, sizes = tinyllama.read_ggml_parts(source)
+    return list(zip(*(tinyllama.part_paths(path, sizes["parts"]) for path in (source, target))))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 3. The command line
-# ---------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+DESCRIPTION = """Quantize a ggml model: the file IN, f16 or f32 as convert.py writes them, into the
+file OUT; or every part of the f16 model in the folder DIR (ggml-model-f16.bin, .1, .2, ...) into
+files beside them. Files that exist are replaced once the new ones are complete.
+
+TYPE is
+  2 or q4_0    5 bits a weight: 32 weights share a scale (the default with DIR)
+  3 or q4_1    6 bits a weight: 32 weights share a scale and an offset; more exact
+
+examples:
+  python quantize.py models/7B/ggml-model-f16.bin models/7B/ggml-model-q4_0.bin 2
+  python quantize.py models/65B q4_1 --remove-f16 -t 4"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, 1 after an error (one line on stderr), 130 after Ctrl-C; argparse exits
+    with 2 for wrong usage."""
     parser = argparse.ArgumentParser(
-        prog="quantize.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="quantize.py [-t N] IN OUT TYPE\n       quantize.py [-t N] [--remove-f16] DIR [TYPE]",
-        description="Quantize a ggml model: the file IN, f16 or f32 as convert.py writes them, into the file OUT; or every part\n"
-                    "of the f16 model in the folder DIR (ggml-model-f16.bin, .1, .2, ...) into files beside them. Files that\n"
-                    "exist are replaced once the new ones are complete. stdout gets a report: for each tensor its sizes before\n"
-                    "(as float32) and after, and how often each of the 16 values occurs.\n\n"
-                    "TYPE is\n"
-                    "  2 or q4_0    5 bits a weight: 32 weights share a scale (the default with DIR)\n"
-                    "  3 or q4_1    6 bits a weight: 32 weights share a scale and an offset; more exact",
-        epilog="examples:\n"
-               "  python quantize.py models/7B/ggml-model-f16.bin models/7B/ggml-model-q4_0.bin 2\n"
-               "  python quantize.py models/13B q4_1\n"
-               "  python quantize.py models/65B --remove-f16 -t 4")
+        prog="quantize.py", allow_abbrev=False, description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="quantize.py [-t N] IN OUT TYPE\n       quantize.py [-t N] [--remove-f16] DIR [TYPE]")
     parser.add_argument("words", nargs="+", metavar="IN OUT TYPE, or DIR", help=argparse.SUPPRESS)
-    parser.add_argument("-t", "--threads", metavar="N", type=number(int, 1, 1024), default=os.cpu_count() or 1,
+    parser.add_argument("-t", "--threads", metavar="N", type=tinyllama.number(int, 1, 1024),
+                        default=os.cpu_count() or 1,
                         help="threads to compute with (default: all processors, %(default)s)")
-    parser.add_argument("--remove-f16", action="store_true", help="remove the f16 files of DIR once all parts are quantized")
+    parser.add_argument("--remove-f16", action="store_true",
+                        help="remove the f16 files of DIR once all parts are quantized")
     args = parser.parse_intermixed_args(argv)
     *args.paths, word = args.words if len(args.words) > 1 else (*args.words, "q4_0")
     if len(args.paths) > 2:
@@ -277,23 +269,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"'{word}' is not a TYPE: {', '.join(FTYPES)} are")
     if args.remove_f16 and len(args.paths) == 2:
         parser.error("--remove-f16 goes with DIR")
-    args.ftype = FTYPES[word]
-    return args
 
-
-def run(args: argparse.Namespace) -> None:
-    """Do what the command line says."""
-    files = [tuple(args.paths)] if len(args.paths) == 2 else folder_files(*args.paths, args.ftype)
-    quantize_files(files, args.ftype, args.threads)
-    if args.remove_f16:
-        for path, _ in files:
+    def run() -> None:
+        ftype, one = FTYPES[word], len(args.paths) == 2
+        files = [tuple(args.paths)] if one else folder_files(*args.paths, ftype)
+        quantize_files(files, ftype, args.threads)
+        for path, _ in files if args.remove_f16 else ():
             os.remove(path)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line: 0, 1 after an error (one line on stderr), 130 after Ctrl-C; argparse exits with 2 for wrong usage."""
-    args = arguments(argv)
-    return exit_code(lambda: run(args))
+    return tinyllama.exit_code(run)
 
 
 if __name__ == "__main__":

