@@ -49,11 +49,13 @@ import subprocess
 import sys
 import threading
 import time
+import timeit
 import unicodedata
 import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial, wraps
+from types import ModuleType
 from typing import BinaryIO, Callable, Iterator, NamedTuple, Sequence
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -1512,7 +1514,7 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
 # neighbours, as in Meta's files.
 # -------------------------------------------------------------------------------------------------
 
-def pack(n: np.ndarray) -> np.ndarray:
+def join_nibbles(n: np.ndarray) -> np.ndarray:
     """n [..., 32, rows] from 0 to 15 -> [..., 16, rows] bytes."""
     return n[..., :16, :] | n[..., 16:, :] << 4
 
@@ -1545,7 +1547,7 @@ def unpack_k(x: np.ndarray) -> Quants:
         fifth = rows_last(x["h"])[:, None] >> np.arange(8, dtype=np.uint8)[:, None, None] & 1
         q = (n | fifth << 4).view(np.int8)
     else:
-        q = pack(n)
+        q = join_nibbles(n)
     return Quants(q.reshape(8 * n_records, -1, rows), (d * six_bits[:, :8]).reshape(-1, rows),
                   (-m * six_bits[:, 8:]).reshape(-1, rows))
 
@@ -1975,6 +1977,256 @@ def gguf_tokenizer(path: str, metadata: Metadata) -> Tokenizer:
         whole_words=pre in WHOLE_WORDS, **shared,
         prefix=" " * want("add_space_prefix", bool, False),
         add_bos=want("add_bos_token", bool, pre in WHOLE_WORDS))
+
+
+# -------------------------------------------------------------------------------------------------
+# 10. torch's kernel
+#
+# numpy writes each weight as a float32 before it multiplies. torch has a kernel that multiplies
+# 4-bit weights as they are, four times as fast for one token: load(..., backend="torch") uses it.
+# numpy stays the default, because it is exact and needs nothing else.
+#
+# The kernel computes with bfloat16, the upper half of a float32: 8 significant bits, an error of
+# at most 2^-8. It rounds the vectors that go in, those that come out, and the scales:
+#
+#     w  =  d (n - zero) + m  =  scale (n - 8) + offset        scale = d, offset = (8 - zero) d + m
+#
+# The numbers n are exactly the file's. One of up to 8 bits is two of 4 bits (`planes`). They are
+# stored in tiles of 64 rows, column by column. A byte holds two rows, half a tile apart:
+#
+#     column 0    | rows 32, 0 | rows 33, 1 |  ...  | rows 63, 31 |        32 bytes
+#     column 1    | rows 32, 0 |  ...                bits 4-7, 0-3
+#
+# With AVX2 in place of AVX-512 a tile has 32 rows. `pack` makes such tiles ten times as fast as
+# torch's own function; `find_kernel` compares the two on a small matrix and learns the size of the
+# tiles. Should a future torch pack in another way, its own function is used.
+#
+#     few tokens     The kernel multiplies. It is made for these.
+#     many tokens    `widen` makes some rows bfloat16, and torch multiplies them, as in chapter 3.
+#                    Some processors are slow at this, up to a hundred times slower than with
+#                    float32. `find_kernel` measures which of the two is faster.
+# -------------------------------------------------------------------------------------------------
+
+TILE = 64                           # rows are padded to a multiple: one tile of 64, or two of 32
+MANY_TOKENS = 48                    # from here on, widening is faster
+WIDE_ROWS = 512                     # rows that are widened at a time, at most
+
+
+class Kernel(NamedTuple):
+    torch: ModuleType
+    half: int                       # rows in half a tile: 32 or 16, or 0 for an unknown layout
+    wide: object                    # torch.bfloat16 or torch.float32, for many tokens
+
+
+@lru_cache(None)
+def find_kernel() -> Kernel:
+    """Import torch, and see how it packs and multiplies. ModelError if it has no fast kernel here.
+
+    torch's threads wait for each other after each product. By default they wait actively, and
+    waste whole slices of time on that where other programs run.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        import torch
+    except ImportError as error:
+        raise ModelError(f"backend torch: {error} (pip install torch, or use backend numpy)")
+    require(hasattr(torch, "_weight_int4pack_mm_for_cpu"), "backend torch", "it needs torch 2.6 or "
+            f"later, not {torch.__version__} (pip install --upgrade torch, or use backend numpy)")
+    require(torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"), "backend torch",
+            "its kernel is slow on processors without AVX2 or AVX-512 (use backend numpy)")
+
+    def seconds(dtype) -> float:
+        a = torch.ones(256, 256, dtype=dtype)
+        return min(timeit.repeat(lambda: a @ a, number=1))
+
+    torch.set_num_threads(1)
+    wide = min(torch.bfloat16, torch.float32, key=seconds)
+    q = np.random.default_rng(0).integers(0, 256, (1, 16, TILE), np.uint8)
+    packed = pack(q, Kernel(torch, 0, wide)).tobytes()
+    known = (half for half in (32, 16) if pack(q, Kernel(torch, half, wide)).tobytes() == packed)
+    return Kernel(torch, next(known, 0), wide)
+
+
+def pack(q: np.ndarray, kernel: Kernel) -> np.ndarray:
+    """Bytes [B, 16, rows] of columns j and j + 16 -> the tiles' bytes, as [rows, cols / 2]."""
+    if not kernel.half:
+        n = np.concatenate([q & 15, q >> 4], axis=1).reshape(-1, q.shape[-1]).T.astype(np.int32)
+        torch = kernel.torch
+        return torch._convert_weight_to_int4pack_for_cpu(torch.from_numpy(n), 2).numpy()
+    tiles = q.reshape(len(q), 16, -1, 2, kernel.half).transpose(3, 2, 0, 1, 4)
+    upper, lower = np.ascontiguousarray(tiles)                  # [tiles, B, 16, half]
+    columns = np.stack([upper & 15 | lower << 4, upper >> 4 | lower & 0xF0], axis=2)
+    return columns.reshape(q.shape[-1], -1)
+
+
+def planes(quants: Quants) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(q, scale, offset) of 4-bit weights; two such that add up to w, n + 128 = 16 high + low; or
+    none, if the weights do not come in blocks of 32."""
+    q, d, m, zero = quants
+    if d is None or 32 * len(d) != math.prod(q.shape[:2]) * (1 + (q.dtype == np.uint8)):
+        return []
+    offset = f32(8 - zero) * d + (0 if m is None else m)
+    if q.dtype == np.uint8:
+        return [(q, d, offset)]
+    first, second = np.split(q.view(np.uint8) ^ 128, 2, axis=1)
+    return [(first >> 4 | second & 0xF0, 16 * d, offset),
+            (first & 15 | second << 4, d, np.zeros_like(d))]
+
+
+def count_planes(tensor: Tensor) -> int:
+    kind = tensor.type
+    return len(planes(kind.unpack(np.zeros((1, 256 // kind.per_record), kind.dtype))))
+
+
+class PackedMatrix:
+    """A Matrix of tensors with equally many planes, as the kernel reads it."""
+
+    def __init__(self, tensors: Sequence[Tensor], threads: Threads):
+        self.tensors, self.threads, self.kernel = tensors, threads, find_kernel()
+        heights = [ceil_div(tensor.shape[0], TILE) * TILE for tensor in tensors]
+        self.firsts = list(itertools.accumulate(heights, initial=0))    # rows, with the padding
+        self.padded, self.cols = self.firsts.pop(), tensors[0].shape[1]
+        self.places = np.concatenate([first + np.arange(tensor.shape[0])
+                                      for first, tensor in zip(self.firsts, tensors)])
+        self.rows, self.n_planes = len(self.places), count_planes(tensors[0])
+        # Numbers of 8 bits have no place in a bfloat16: who takes these wants them to count.
+        self.wide = self.kernel.wide if self.n_planes == 1 else self.kernel.torch.float32
+        self.nbytes = self.n_planes * self.padded * self.cols * 5 // 8
+
+    def read(self, memory: np.ndarray) -> None:
+        torch, self.planes = self.kernel.torch, []
+        for plane in np.split(memory, self.n_planes):
+            packed, scales = np.split(plane, [self.padded * self.cols // 2])
+            scales = torch.from_numpy(scales.view(np.int16)).view(torch.bfloat16)
+            self.planes.append((torch.from_numpy(packed).view(self.padded, self.cols // 2),
+                                scales.view(-1, self.padded, 2)))       # [B, rows, scale or offset]
+        for tensor, first in zip(self.tensors, self.firsts):
+            for row, records in read_rows(tensor):
+                if len(records) % TILE:                     # the last ones
+                    padding = np.zeros((-len(records) % TILE, records.shape[1]), records.dtype)
+                    records = np.concatenate([records, padding])
+                quants = tensor.type.unpack(records)
+                require(is_finite(quants), tensor.sources[0][0],
+                        f"tensor '{tensor.name}' holds NaN or infinity")
+                rows = slice(first + row, first + row + len(records))
+                for (packed, scales), (q, *numbers) in zip(self.planes, planes(quants)):
+                    packed[rows] = torch.from_numpy(pack(q, self.kernel))
+                    scales[:, rows] = torch.from_numpy(np.stack(numbers, axis=-1))
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        torch, half, _ = self.kernel
+        if len(x) < MANY_TOKENS or not half:
+            torch.set_num_threads(self.threads.n if x.size * self.rows >= SMALL else 1)
+            out = self.few(torch.from_numpy(x), self.planes)
+        else:
+            out = np.empty((len(x), self.padded), f32)
+            jobs = 2 * ceil_div(self.padded, 2 * WIDE_ROWS)
+            height = ceil_div(self.padded, jobs * TILE) * TILE
+            x = torch.from_numpy(x).to(self.wide)
+            self.threads.run([partial(self.many, x, slice(a, a + height), out[:, a:a + height])
+                              for a in range(0, self.padded, height)])
+        return out if self.rows == self.padded else out[:, self.places]
+
+    def few(self, x, planes: list) -> np.ndarray:
+        """x times the rows of some planes, by the kernel."""
+        torch, x = self.kernel.torch, x.to(self.kernel.torch.bfloat16)
+        first, *others = [torch._weight_int4pack_mm_for_cpu(x, packed, 32, scales).float()
+                          for packed, scales in planes]
+        return sum(others, first).numpy()
+
+    def many(self, x, rows: slice, out: np.ndarray) -> None:
+        """out = x times some rows. Each of our threads does this by itself."""
+        torch, half, _ = self.kernel
+        torch.set_num_threads(1)
+        w, *others = [self.widen(i, rows) for i in range(self.n_planes)]
+        for other in others:
+            w += other
+        y = (x @ w).view(len(x), 2, -1, half)
+        torch.from_numpy(out).view(len(x), -1, 2, half)[:] = y.transpose(1, 2)
+
+    def widen(self, plane: int, rows: slice):
+        """The weights of some rows, [cols, rows]: the upper halves of all tiles, then the lower.
+
+        n ^ 8 are the 4 bits of n - 8 as a signed number. In the upper half of an int8 they are
+        16 (n - 8).
+        """
+        (torch, half, _), (packed, scales) = self.kernel, self.planes[plane]
+        tiles, scales = packed[rows].view(-1, self.cols, half), scales[:, rows]
+        n_blocks, width = len(scales), len(tiles) * half
+        q = self.buffer("q", torch.uint8, n_blocks, 32, width)
+        q.view(self.cols, -1, half)[:] = tiles.transpose(0, 1)
+        q ^= 0x88
+        w = self.buffer(f"f{plane}", self.wide, n_blocks, 32, 2, width)
+        w[:, :, 0] = (q << 4).view(torch.int8)
+        q &= 0xF0
+        w[:, :, 1] = q.view(torch.int8)
+        scales = scales.view(n_blocks, -1, 2, half, 2).permute(4, 0, 2, 1, 3)
+        scale, offset = scales.to(self.wide).reshape(2, n_blocks, 1, 2, width)
+        w *= scale / 16
+        if offset.any():
+            w += offset
+        return w.view(self.cols, -1)
+
+    def buffer(self, name: str, dtype, *shape: int):
+        """Scratch memory as a tensor."""
+        memory = scratch(name, ceil_div(math.prod(shape) * dtype.itemsize, 4))
+        return self.kernel.torch.from_numpy(memory).view(dtype)[:math.prod(shape)].view(shape)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Those rows: what the kernel makes of the unit vectors, or faster where we know how."""
+        torch, half, _ = self.kernel
+        rows = self.places[rows]
+        if not half:
+            tiles = [slice(row, row + TILE) for row in rows // TILE * TILE]
+            return np.stack([self.few(torch.eye(self.cols), [
+                (packed[tile], scales[:, tile].contiguous()) for packed, scales in self.planes])
+                [:, row] for tile, row in zip(tiles, rows % TILE)])
+        tile, row = np.divmod(rows, 2 * half)
+        lower, byte = np.divmod(row.astype(np.uint8), half)
+        out = np.zeros((len(rows), self.cols // 32, 32), f32)
+        for packed, scales in self.planes:
+            q = packed.numpy().reshape(-1, self.cols, half)[tile, :, byte]
+            n = (q >> 4 * lower[:, None] & 15).reshape(out.shape) - f32(8)
+            scale, offset = scales[:, rows].float().numpy().T[..., None]
+            out += scale * n + offset
+        return out.reshape(len(rows), -1)
+
+
+class TorchMatrix:
+    """A Matrix that torch multiplies where the types allow it. The rest is as in chapter 3."""
+
+    def __init__(self, tensors: Sequence[Tensor], threads: Threads):
+        find_kernel()
+        self.tensors, self.threads = tensors, threads
+        self.pieces = [(PackedMatrix if n else Matrix)(list(group), threads)
+                       for n, group in itertools.groupby(tensors, key=count_planes)]
+        self.rows, self.cols = sum(piece.rows for piece in self.pieces), tensors[0].shape[1]
+        self.nbytes = sum(piece.nbytes for piece in self.pieces)
+
+    def read(self, memory: np.ndarray) -> None:
+        """Fill the matrix from its files, in `memory`: uint8 [nbytes]."""
+        for piece in self.pieces:
+            piece.read(memory[:piece.nbytes])
+            memory = memory[piece.nbytes:]
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Those rows, [len(rows), cols] float32."""
+        out, first = np.empty((len(rows), self.cols), f32), 0
+        for piece in self.pieces:
+            mine = (first <= rows) & (rows < first + piece.rows)
+            if mine.any():
+                out[mine] = piece.take(rows[mine] - first)
+            first += piece.rows
+        return out
+
+    @step
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """x [T, cols] float32 -> W x [T, rows]."""
+        products = [piece(x) for piece in self.pieces]
+        return products[0] if len(products) == 1 else np.concatenate(products, axis=1)
+
+
+BACKENDS["torch"] = TorchMatrix
 
 
 # =================================================================================================
