@@ -618,14 +618,14 @@ def product(x: np.ndarray, quants: Quants) -> np.ndarray:
 #
 #     W x  =  sum over k of   d[k] (X[k] . f[k])  +  (m[k] - zero d[k]) sum(x[k])
 #
-# The second term is a small product of its own, of the blocks' sums of x. The first is computed in
-# one of two ways:
+# This is computed in one of two ways:
 #
 #     few tokens     Making f costs more than multiplying it. Some blocks of all rows are widened
 #                    into memory that stays in the cache, multiplied, and scaled by d at the end:
-#                    once for 32 weights.
+#                    once for 32 weights. The second term is a small product of its own.
 #     many tokens    Multiplying costs more, and BLAS does it best in one large product. All blocks
-#                    of some rows are widened, and scaled by d in place before it.
+#                    of some rows are widened, and made weights in place before it. For 1 in every
+#                    n, f has 1 in lo and 17 in b: `zero` and m become that many.
 #
 # A matrix is stored in tiles, each of a few thousand rows: so a call of numpy does much, and its
 # numbers stay in the cache. Several threads share a matrix: each job is some blocks (few tokens)
@@ -640,18 +640,19 @@ JOBS = 8                    # about the jobs of a large matrix
 SMALL = 1 << 21             # multiplications that take less time than waking a thread
 
 MASKS = np.array([[15], [255]], np.uint8)[..., None]
+SPLIT = np.kron([[1, 0], [-1 / 16, 1 / 16]], np.eye(16)).astype(f32)    # x @ SPLIT = X
+ONE = np.repeat(np.array([1, 17], f32), 16)[:, None]        # what 1 is in f: lo = 1, b = 1 + 16
 
 
 def split(x: np.ndarray, quants: Quants) -> tuple[np.ndarray, np.ndarray]:
     """x [T, cols] -> X [T, B, size] and the blocks' sums of x [T, B]."""
-    x = x.reshape(len(x), len(quants.q), -1)
-    sums = x.sum(axis=2)
+    blocks = x.reshape(len(x), len(quants.q), -1)
+    sums = blocks @ np.ones(blocks.shape[2], f32)
     if quants.q.dtype == np.uint8:
-        high = x[..., 16:] / f32(16)
-        x = np.concatenate([x[..., :16] - high, high], axis=2)
+        blocks = blocks @ SPLIT
     if quants.q.dtype == np.int16:
-        x = x * UNIT
-    return x, sums
+        blocks = blocks * UNIT
+    return blocks, sums
 
 
 def widen(q: np.ndarray, out: np.ndarray) -> None:
@@ -671,7 +672,7 @@ def widen(q: np.ndarray, out: np.ndarray) -> None:
 
 def few(x: np.ndarray, sums: np.ndarray, quants: Quants, out: np.ndarray) -> None:
     """Add the product of some blocks to out [T, rows]. x [T, B, size], sums [T, B]."""
-    q, d = quants[:2]
+    q, d, m, zero = quants
     (n_tokens, n_blocks, size), rows = x.shape, q.shape[-1]
     step = ceil_div(n_blocks, ceil_div(n_blocks * size * rows, WIDE))
     for a in range(0, n_blocks, step):
@@ -686,33 +687,32 @@ def few(x: np.ndarray, sums: np.ndarray, quants: Quants, out: np.ndarray) -> Non
             x_blocks = x[:, a:b].swapaxes(0, 1)
             p = np.matmul(x_blocks, f, out=scratch("p", b - a, n_tokens, rows))
             out += np.einsum("btr,br->tr", p, d[a:b])
-    add_offsets(sums, quants, out)
+    if zero:
+        out -= (f32(zero) * sums) @ d
+    if m is not None:
+        out += sums @ m
 
 
-def many(x: np.ndarray, sums: np.ndarray, quants: Quants, out: np.ndarray) -> None:
-    """out [T, rows] = the product of some rows. x [T, cols], sums [T, B]."""
-    q, d = quants[:2]
+def many(x: np.ndarray, quants: Quants, out: np.ndarray) -> None:
+    """out [T, rows] = the product of some rows. x [T, cols], as `split` makes it."""
+    q, d, m, zero = quants
     n_blocks, rows = len(q), q.shape[-1]
     w = q
     if q.dtype != f32:
         size = x.shape[1] // n_blocks
         w = scratch("f", n_blocks, size, rows)
+        one = ONE if q.dtype == np.uint8 else 1
         step = max(1, WIDE // (size * rows))
         for a in range(0, n_blocks, step):
             b = min(a + step, n_blocks)
             widen(q[a:b], w[a:b])
+            if zero:
+                w[a:b] -= f32(zero) * one
             if d is not None:
                 w[a:b] *= d[a:b, None]
+            if m is not None:
+                w[a:b] += m[a:b, None] * one
     np.matmul(x, w.reshape(-1, rows), out=out)
-    add_offsets(sums, quants, out)
-
-
-def add_offsets(sums: np.ndarray, quants: Quants, out: np.ndarray) -> None:
-    """out += sums (m - zero d), for sums [T, B] and out [T, rows]."""
-    if quants.zero:
-        out -= (f32(quants.zero) * sums) @ quants.d
-    if quants.m is not None:
-        out += sums @ quants.m
 
 
 _scratch = threading.local()
@@ -883,7 +883,7 @@ class Matrix:
             else:
                 n = rows.stop - rows.start
                 height = ceil_div(n, 4 * ceil_div(n, 4 * MANY_ROWS[n_tokens >= 128]))
-                jobs += [partial(many, parts.reshape(n_tokens, -1), sums,
+                jobs += [partial(many, parts.reshape(n_tokens, -1),
                                  part(tile, rows=slice(a, a + height)),
                                  out[0, :, rows][:, a:a + height]) for a in range(0, n, height)]
         self.threads.run(jobs, parallel=x.size * self.rows >= SMALL)
