@@ -88,7 +88,10 @@ HARMLESS = {"tied", "vocab_size", "ffn_dim_multiplier", "max_seq_len", "max_batc
 
 
 def check_params(path: str, params: dict, words: dict[str, str] | None = None) -> dict:
-    """params.json, checked; what is null counts as absent. `words` are those of another file."""
+    """params.json, checked; what is null counts as absent. `words` are those of another file.
+
+    Where there is no multiple_of, the header gets 256: no reader of the file needs it.
+    """
     params = {"multiple_of": 256} | {key: v for key, v in params.items() if v is not None}
     words = words or {key: key for key in WORDS}
     for key, word in words.items():
@@ -200,6 +203,7 @@ def translate_config(path: str, config: dict) -> dict:
 def translate_names(where: str, tensors: Tensors, params: dict) -> Tensors:
     """The tensors by Meta's names and in Meta's order. ModelError if a name is unknown."""
     tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    # A ggml file has an output matrix always. It has no number of key heads: wk's rows tell.
     if params.get("tied") and "model.embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     n = params["n_layers"]

@@ -18,9 +18,9 @@ This file reads a model from disk, computes the function with numpy, and runs th
     Part III: the command line  11 Arguments   12 Text and conversation   13 Perplexity, a lesson,
                                 a benchmark
 
-Part I is complete: it leads from the bytes of a file of March 2023 to generated text. Weights are
-rounded to 4 bits there, and nothing else is: where llama.cpp, the original, also rounded
-activations to 4 bits and fixed the norms' epsilon, this file computes in float32 with the model's.
+Part I is complete: it leads from the bytes of a file of March 2023 to generated text. Only the
+weights are rounded, to 4 bits, in the file. llama.cpp, the original, rounded activations to 4 bits
+as well, and had one epsilon for all norms; here activations are float32, and the caller may say it.
 
 Letters in comments and docstrings stand for sizes:  T tokens in this call   V vocabulary
 D dim, the width of the residual stream   H query heads   K key/value heads   E width of a head
@@ -136,16 +136,17 @@ def step(function: Callable) -> Callable:
 # file may hold it. Rounding moves a weight by at most d / 2.
 #
 # Why are 4 bits enough? Of 32 numbers from a bell curve, the largest is about 2.3 standard
-# deviations. So d is a third of one, and a typical error, d / sqrt(12), is a tenth: each output of
-# a matrix carries about 10 % of noise. But noises of different outputs are independent. The next
-# matrix sums thousands of outputs: what they agree on adds up, while their noises mostly cancel.
-# (Published for LLaMA 7B on wikitext-2: perplexity 5.96 in float16 and 6.59 with q4_0 by the
-# original, which rounds activations to 4 bits as well. A later llama.cpp, which rounds them to 8
-# bits, measured 6.21. This program rounds no activations, so neither figure is its own.)
+# deviations in size. So d is a third of one, and a typical error, d / sqrt(12), is a tenth: each
+# output of a matrix carries about 10 % of noise. But noises of different outputs are independent.
+# The next matrix sums thousands of outputs: what they agree on adds up, and their noises mostly
+# cancel.
+# (Published for LLaMA 7B on wikitext-2: perplexity 5.96 in float16, and 6.59 with q4_0 by the
+# original, which rounds activations to 4 bits as well. The 6.21 of a later llama.cpp is of other
+# roundings, too. This program rounds no activations, so no published figure is of its results.)
 #
-# In memory, a quantized matrix is a Quants. The row is its last axis: one call of numpy then works
-# on the same block of many rows. Byte j of a block holds weights j (low nibble) and j + 16 (high):
-# then q & 15 and q >> 4 are neighbouring weights, in the order of the inputs that they multiply.
+# In memory, a matrix is a Quants. The row is its last axis: one call of numpy then works on the
+# same block of many rows. And bytes are rearranged: byte j holds weights j (low nibble) and j + 16
+# (high), so that q & 15 and q >> 4 are 16 weights each, in the order of their inputs.
 # -------------------------------------------------------------------------------------------------
 
 class Quants(NamedTuple):
@@ -194,7 +195,7 @@ def unpack_neighbours(x: np.ndarray, zero: int) -> Quants:
 # and nothing is subnormal. (A larger one makes `unpack` return float32.)
 
 UNIT = f32(2.0 ** 102)
-SIGN_COPIES = np.int32(0x70000000)                  # bits that a sign is copied to by the shift
+SIGN_COPIES = np.int32(0x70000000)                  # where int32 has copies of int16's sign
 
 
 def unpack_numbers(x: np.ndarray) -> Quants:
@@ -265,7 +266,7 @@ TYPES = {"ggml": {0: F32, 1: F16, 2: Q4_0, 3: Q4_1}}       # of each container, 
 #     until the file ends: n_dims | length of name | type | sizes, innermost first | name | data
 #
 # ftype is the type of the matrices. multiple_of is what Meta's code rounds F up to; a reader needs
-# it no more, since the matrices tell F. rot = D / H is how many numbers of a head RoPE turns: all.
+# it no more, since the matrices tell F. rot is E = D / H: RoPE turns all numbers of a head.
 #
 # Meta released large models in parts, each with a slice of every matrix, and each part becomes a
 # file: model.bin, model.bin.1, ... The width of the first part's embedding tells how many.
@@ -279,8 +280,8 @@ GGML_BOS, GGML_EOS = 1, 2                       # not in the file: the tokenizer
 UNKNOWN_PIECE = " \u2047 ".encode()             # the text of the unknown token
 MAX_TOKENS, MAX_LAYERS = 1 << 19, 1 << 12       # a file that claims more is damaged
 
-# The tensors of a model: the sizes of the axes (Q = H E, K here = K E), and the axis along which
-# Meta's parts split the tensor.
+# The tensors of a model: the sizes of the axes (here Q is H E, and K is K E), and the axis along
+# which Meta's parts split the tensor.
 MODEL_TENSORS = {
     "tok_embeddings.weight": ("VD", 1),
     "norm.weight": ("D", None),
@@ -597,8 +598,8 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 # 3. The product
 #
 # Nearly all of the time is spent here: a token of a 7B model takes 6.6 billion multiplications.
-# `product` is the definition of what is computed. It makes all of W float32 first, and so takes
-# eight times the memory; the same straight from the 4-bit numbers follows.
+# `product` is the definition of what is computed (and what the tests compare with). It makes all of
+# W float32 first, in six times the memory. The same straight from the 4-bit numbers follows.
 # -------------------------------------------------------------------------------------------------
 
 def product(x: np.ndarray, quants: Quants) -> np.ndarray:
@@ -614,11 +615,12 @@ def product(x: np.ndarray, quants: Quants) -> np.ndarray:
 #
 # `split` makes such an X of x, once for all rows. `widen` makes f = [lo, b] of the bytes: one call
 # that masks (with 15, and with 255) and casts. In w = d (n - zero) + m, all but n is the same for
-# a block k, and so leaves the sum over its weights:
+# the weights of a block k, and can be taken out of the sum over them:
 #
 #     W x  =  sum over k of   d[k] (X[k] . f[k])  +  (m[k] - zero d[k]) sum(x[k])
 #
-# This is computed in one of two ways:
+# A matrix is stored in tiles of a few thousand rows: so a call of numpy does much, and its numbers
+# stay in the cache. A tile is multiplied in one of two ways:
 #
 #     few tokens     Making f costs more than multiplying it. Some blocks of all rows are widened
 #                    into memory that stays in the cache, multiplied, and scaled by d at the end:
@@ -627,15 +629,14 @@ def product(x: np.ndarray, quants: Quants) -> np.ndarray:
 #                    of some rows are widened, and made weights in place before it. For 1 in every
 #                    n, f has 1 in lo and 17 in b: `zero` and m become that many.
 #
-# A matrix is stored in tiles, each of a few thousand rows: so a call of numpy does much, and its
-# numbers stay in the cache. Several threads share a matrix: each job is some blocks (few tokens)
-# or some rows (many tokens) of a tile. The jobs depend on the shape of the matrix alone, and what
-# they make is added in a fixed order: the number of threads never changes a bit of the result.
+# Several threads share a matrix: each job is some blocks (few tokens) or some rows (many tokens) of
+# a tile. Jobs depend on the shapes of W and x alone, and what they make is added in a fixed order:
+# the number of threads never changes a bit of the result. (The number of tokens in a call may.)
 
 TILE_ROWS = 5500            # about the rows of a tile
 WIDE = 1 << 19              # numbers that are widened in one call: 2 MB of float32
 FEW_TOKENS = 20, 36         # up to here `few` is faster: with less than 2,048 columns, with more
-MANY_ROWS = 256, 768        # rows that `many` widens at a time: for few tokens, for 128 and more
+MANY_ROWS = 256, 768        # rows that `many` widens at a time: below 128 tokens, and from there
 JOBS = 8                    # about the jobs of a large matrix
 SMALL = 1 << 21             # multiplications that take less time than waking a thread
 
@@ -1246,7 +1247,7 @@ class LlamaTokenizer(Tokenizer):
         self.ranks = ranks                          # of pieces
         self.prefix = prefix
         # Where no piece has a space after another character, nothing is merged across the front
-        # of a run of spaces. Then a text is cut there, and each word is merged once, not always.
+        # of a run of spaces. Then a text is cut there, and each different word is merged once.
         across = any(re.search(rb"[^ ] ", piece) for piece in ids)
         self.words = re.compile(r"(?s).+" if across else r" +[^ ]*|[^ ]+")
         self.encode_word = lru_cache(maxsize=1 << 14)(self.encode_word)
@@ -1293,12 +1294,12 @@ def ggml_tokenizer(pieces: list[bytes]) -> LlamaTokenizer:
 # -------------------------------------------------------------------------------------------------
 # 6. Sampling
 #
-# Four steps lead from logits to a token. (1) The logits are divided by temp: below 1, likely
+# These steps lead from logits to a token. (1) The logits are divided by temp: below 1, likely
 # tokens become likelier; at 0, the likeliest is certain. (2) Recent tokens are penalised: a
 # positive logit is divided by the penalty, a negative one multiplied. Without this, small models
 # loop. (3) The top_k largest stay, and softmax makes probabilities of them. (4) The fewest stay
-# that reach top_p together (Holtzman et al. 2020). Each of the others is improbable. But they are
-# so many that one would be drawn every few words, and lead the text astray.
+# that reach top_p together (Holtzman et al. 2020), and have min_p of the largest. Each of the
+# others is improbable, but they are many: one in twenty tokens would lead the text astray.
 # -------------------------------------------------------------------------------------------------
 
 @ignore_overflow
@@ -1490,15 +1491,16 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
 # -------------------------------------------------------------------------------------------------
 # 8. GGUF
 #
-# The format of today's llama.cpp. It says everything about a model, and puts the data last. A
-# string is an int64 length and UTF-8 bytes; a value is an int32 that says its type, and the value:
+# The format of today's llama.cpp, little-endian int32 unless said otherwise. It says everything
+# about a model, and puts the data last. A string is an int64 length and UTF-8 bytes. A value is its
+# type, and the value; an array is the type of its elements, their int64 number, and the elements:
 #
 #     magic 0x46554747 | version | int64 number of tensors | int64 number of metadata
 #     for each metadatum:  key | value
 #     for each tensor:     name | n_dims | int64 sizes, innermost first | type | int64 offset
 #     padding to `general.alignment`, then the data, where the offsets count from
 #
-# Its blocks have float16 scales, and their byte j holds weights j and j + 16 already. Q5 has the
+# Blocks have float16 scales here, and their byte j holds weights j and j + 16 already. Q5 has the
 # fifth bits of 32 weights in 4 bytes h. The K types put 256 weights in a record of 8 or 16 blocks.
 # Q4_K (Q5_K also has h, 32 bytes, before q: bit i of byte j is the fifth bit of weight j of block
 # i) and Q6_K:
@@ -1723,7 +1725,7 @@ def open_gguf(path: str, *_) -> Opened:
     rope_freqs = tensors.pop("rope_freqs.weight", None)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_shapes(path, shapes, n_layers, sizes, optional=["output.weight"])
-    factors = np.full(rotated // 2, factor)         # now that the tensors agree with the metadata
+    factors = np.full(rotated // 2, factor)         # no sooner: `rotated` might be any number
     if rope_freqs:
         check(rope_freqs.type is F32 and rope_freqs.shape == factors.shape,
               f"tensor 'rope_freqs.weight' is not {len(factors)} float32 numbers")
@@ -1743,21 +1745,22 @@ OPENERS[GGUF_MAGIC] = open_gguf
 # 9. Byte-level BPE
 #
 # The tokenizer of GPT-2, and of Llama 3 and SmolLM2 after it. It merges as LLaMA's does, with three
-# differences. It starts from bytes, not from characters, so no text needs an exception. It ranks
-# the pairs themselves, by their place in a list of merges. And it first cuts a text into words:
+# differences. It starts from bytes, not from characters, so none is unknown. It ranks the pairs
+# themselves, by their place in a list of merges. And it first cuts a text into words, GPT-2's so:
 #
 #     I'm 40  years old.   ->   I | 'm |  40 |   |  years |  old | .
 #
 # Merging never crosses the end of a word. What is that for? Merges are learned by counting pairs.
 # Without the cut, "dog." "dog!" and "dog?" would each become a token, as would " of the" and other
 # frequent phrases, and a model would have to learn each of them on its own. With the cut, a word is
-# the same few tokens wherever it stands. And encoding is fast: each different word is merged once.
+# the same few tokens before any sign. And encoding is fast: each different word is merged once.
 #
 # A model must see words cut as in its training, so a GGUF file names the patterns that cut them.
 # -------------------------------------------------------------------------------------------------
 
-# The patterns are the original ones, except that \s and \p{..} always stand in brackets here.
-_SPACES = r"|[\s]+(?![^\s])|[\s]+"                 # the last one is left to the word after it
+# The patterns are the original ones, except that \s and \p{..} always stand in brackets here:
+# `compile_pattern` replaces them by ranges of characters.
+_SPACES = r"|[\s]+(?![^\s])|[\s]+"                 # of several, the last is left to the next word
 _GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d"                 # of it's, don't, you're ...
          r"| ?[\p{L}]+| ?[\p{N}]+"                  # letters or digits, with the space in front
          r"| ?[^\s\p{L}\p{N}]+" + _SPACES)          # signs
@@ -1792,7 +1795,8 @@ PRETOKENIZERS = {                                   # tokenizer.ggml.pre: patter
                      r"(?<![\s])[\s]+$", _EAST_ASIAN, r"[\p{N}]"],
     "deepseek-coder": [r"[\r\n]", r"[\s]?[\p{L}]+", r"[\s]?[\p{P}]+", _EAST_ASIAN, r"[\p{N}]"],
 }
-# Here, a word that is a piece is not merged, and a text begins with BOS unless a file says no.
+# With these names, a word that is a piece is not merged, and a text begins with BOS (unless the
+# file says no).
 WHOLE_WORDS = {*LLAMA3_NAMES, "tekken"}
 
 
