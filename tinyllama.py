@@ -993,10 +993,8 @@ class Cache:
 @step
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight along the last axis (Zhang & Sennrich 2019)."""
-    mean = np.einsum("td,td->t", x, x) / f32(x.shape[1])
-    normed = x * (1 / np.sqrt(mean + f32(eps)))[:, None]
-    normed *= weight
-    return normed
+    mean = (x[:, None] @ x[:, :, None])[:, 0] / f32(x.shape[1])         # of x^2: [T, 1]
+    return x / np.sqrt(mean + f32(eps)) * weight
 
 
 @step
@@ -1034,8 +1032,9 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     q = q.reshape(n_heads, group * n_tokens, head_dim)
     scores = scratch("scores", n_heads, group * n_tokens, k.shape[1])
     np.matmul(q, k.swapaxes(1, 2), out=scores)
-    last = scores.reshape(n_heads, group, n_tokens, -1)[..., k.shape[1] - n_tokens:]
-    last += FUTURE[:n_tokens, :n_tokens]
+    if n_tokens > 1:                                # only the last T positions can be in the future
+        last = scores.reshape(n_heads, group, n_tokens, -1)[..., k.shape[1] - n_tokens:]
+        last += FUTURE[:n_tokens, :n_tokens]
     return (softmax(scores) @ v).reshape(n_heads, group, n_tokens, head_dim)
 
 
@@ -1047,10 +1046,10 @@ def attention(x: np.ndarray, layer: Layer, model: Model, rotation: np.ndarray, c
     A prompt is attended to in chunks, each up to its own end, and by several threads.
     """
     h, n_tokens = model.hyper, len(x)
-    q, k, v = np.split(layer.wqkv(x).reshape(n_tokens, -1, h.head_dim),
-                       [h.n_heads, h.n_heads + h.n_kv_heads], axis=1)           # [T, heads, E]
-    q, k = rope(q, rotation) / f32(math.sqrt(h.head_dim)), rope(k, rotation)
-    keys, values = cache.append(index, k, v)                                    # [K, P, E]
+    qkv, n_turned = layer.wqkv(x).reshape(n_tokens, -1, h.head_dim), h.n_heads + h.n_kv_heads
+    qk, v = rope(qkv[:, :n_turned], rotation), qkv[:, n_turned:]                # [T, heads, E]
+    keys, values = cache.append(index, qk[:, h.n_heads:], v)                    # [K, P, E]
+    q = qk[:, :h.n_heads] / f32(math.sqrt(h.head_dim))
     q = q.reshape(n_tokens, h.n_kv_heads, -1, h.head_dim).transpose(1, 2, 0, 3)
     out = np.empty((n_tokens, *q.shape[:2], h.head_dim), f32)
 
@@ -1069,7 +1068,8 @@ def attention(x: np.ndarray, layer: Layer, model: Model, rotation: np.ndarray, c
 @step
 def feed_forward(x: np.ndarray, layer: Layer, threads: Threads) -> np.ndarray:
     """x [T, D] -> w2(silu(w1 x) * w3 x) [T, D] (Shazeer 2020). silu(a) = a / (1 + exp(-a))."""
-    a, b = np.split(layer.w13(x), 2, axis=1)
+    ab = layer.w13(x)
+    a, b = ab[:, :ab.shape[1] // 2], ab[:, ab.shape[1] // 2:]
     gated = np.empty(a.shape, f32)
 
     def job(rows: slice) -> None:
@@ -2026,10 +2026,10 @@ class Kernel(NamedTuple):
 def find_kernel() -> Kernel:
     """Import torch, and see how it packs and multiplies. ModelError if it has no fast kernel here.
 
-    torch's threads wait for each other after each product. By default they wait actively, and
-    waste whole slices of time on that where other programs run.
+    torch's threads wait for each other after each product. By default they wait actively, for
+    milliseconds; where other programs run, that wastes whole slices of time. Now it is 25 us.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         import torch
     except ImportError as error:
@@ -2067,7 +2067,7 @@ def planes(quants: Quants) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(q, scale, offset) of 4-bit weights; two such that add up to w, n + 128 = 16 high + low; or
     none, if the weights do not come in blocks of 32."""
     q, d, m, zero = quants
-    if d is None or 32 * len(d) != math.prod(q.shape[:2]) * (1 + (q.dtype == np.uint8)):
+    if d is None or q.shape[1] != (16 if q.dtype == np.uint8 else 32):
         return []
     offset = f32(8 - zero) * d + (0 if m is None else m)
     if q.dtype == np.uint8:
@@ -2082,18 +2082,31 @@ def count_planes(tensor: Tensor) -> int:
     return len(planes(kind.unpack(np.zeros((1, 256 // kind.per_record), kind.dtype))))
 
 
+def by_file(tensor: Tensor) -> list[Tensor]:
+    """A tensor whose rows are in several files as several tensors."""
+    if tensor.axis == 1:
+        return [tensor]
+    rows = tensor.shape[0] // len(tensor.sources)
+    return [tensor._replace(shape=(rows, tensor.shape[1]), sources=(source,))
+            for source in tensor.sources]
+
+
 class PackedMatrix:
-    """A Matrix of tensors with equally many planes, as the kernel reads it."""
+    """A Matrix of tensors with equally many planes, in the form that the kernel reads.
+
+    What each file has of a tensor is padded to whole tiles. `places` are the rows without padding.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], threads: Threads):
-        self.tensors, self.threads, self.kernel = tensors, threads, find_kernel()
-        heights = [ceil_div(tensor.shape[0], TILE) * TILE for tensor in tensors]
+        self.threads, self.kernel = threads, find_kernel()
+        self.tensors = [in_file for tensor in tensors for in_file in by_file(tensor)]
+        heights = [ceil_div(tensor.shape[0], TILE) * TILE for tensor in self.tensors]
         self.firsts = list(itertools.accumulate(heights, initial=0))    # rows, with the padding
         self.padded, self.cols = self.firsts.pop(), tensors[0].shape[1]
         self.places = np.concatenate([first + np.arange(tensor.shape[0])
-                                      for first, tensor in zip(self.firsts, tensors)])
+                                      for first, tensor in zip(self.firsts, self.tensors)])
         self.rows, self.n_planes = len(self.places), count_planes(tensors[0])
-        # Numbers of 8 bits have no place in a bfloat16: who takes these wants them to count.
+        # Weights of more than 4 bits keep them: bfloat16 would round most of that away.
         self.wide = self.kernel.wide if self.n_planes == 1 else self.kernel.torch.float32
         self.nbytes = self.n_planes * self.padded * self.cols * 5 // 8
 
@@ -2120,7 +2133,8 @@ class PackedMatrix:
     def __call__(self, x: np.ndarray) -> np.ndarray:
         torch, half, _ = self.kernel
         if len(x) < MANY_TOKENS or not half:
-            torch.set_num_threads(self.threads.n if x.size * self.rows >= SMALL else 1)
+            is_small = x.size * self.rows < SMALL
+            torch.set_num_threads(1 if is_small else min(self.threads.n, os.cpu_count() or 1))
             out = self.few(torch.from_numpy(x), self.planes)
         else:
             out = np.empty((len(x), self.padded), f32)
