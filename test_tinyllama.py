@@ -4,9 +4,9 @@
     TINYLLAMA_EXAMPLES=3000 python -m pytest        the same properties, that many cases each
 
   I.   The formats and the model, written down a second time, and the properties that hold:
-       chapters 1 to 9 are those of tinyllama.py, 11 is quantize.py and 12 is convert.py.
+       chapters 1 to 10 are those of tinyllama.py, 11 is quantize.py and 12 is convert.py.
   II.  Hostile files, as tables: what is wrong with a file, and the reason that is told.
-  III. The three scripts as commands and processes, and the terminal.
+  III. The three scripts as commands and processes, conversations, and the terminal.
   IV.  A real model.
 
 Most tests are properties. hypothesis makes up models, texts and damage, and the results are
@@ -17,6 +17,7 @@ the property fail.
 """
 import tinyllama  # noqa: I001        before numpy and torch, so that it can keep BLAS to one thread
 
+import ast
 import contextlib
 import importlib.util
 import io
@@ -34,11 +35,12 @@ import sys
 import threading
 import time
 import tracemalloc
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -78,8 +80,7 @@ def folder(tmp_path_factory):
 
 
 def check(ours, reference, tolerance, scale=None):
-    """`ours` is float32 and differs from the reference by at most `tolerance` * `scale`. `scale` is
-    the reference's largest number unless given."""
+    """`ours` is float32, at most `tolerance` * `scale` (the largest number) off the reference."""
     reference = np.asarray(reference, np.float64)
     assert ours.dtype == np.float32 and ours.shape == reference.shape
     scale = np.abs(reference).max() if scale is None else scale
@@ -162,25 +163,23 @@ class Format(NamedTuple):
     scales: tuple = ()
 
 
+SCALE, OFFSET = 0.2, -1.5
 GGML = {
-    "f32": Format(0, 1, 4),
-    "f16": Format(1, 1, 2),
+    "f32": Format(0, 1, 4), "f16": Format(1, 1, 2),
     "q4_0": Format(2, 32, 20, lambda b, j: number("f", b, 0) * (nibble(b[4 + j // 2], j % 2) - 8),
-                   ((0, 0.2),)),
+                   ((0, SCALE),)),
     "q4_1": Format(3, 32, 24, lambda b, j: f32(number("f", b, 0) * nibble(b[8 + j // 2], j % 2))
-                   + number("f", b, 4), ((0, 0.2), (4, -1.5)))}
+                   + number("f", b, 4), ((0, SCALE), (4, OFFSET)))}
 GGUF = {
-    "F32": Format(0, 1, 4),
-    "F16": Format(1, 1, 2),
-    "BF16": Format(30, 1, 2),
+    "F32": Format(0, 1, 4), "F16": Format(1, 1, 2), "BF16": Format(30, 1, 2),
     "Q4_0": Format(2, 32, 18, lambda b, j: half(b, 0) * (nibble(b[2 + j % 16], j // 16) - 8),
-                   ((0, 0.2),)),
+                   ((0, SCALE),)),
     "Q4_1": Format(3, 32, 20, lambda b, j: half(b, 0) * nibble(b[4 + j % 16], j // 16) + half(b, 2),
-                   ((0, 0.2), (2, -1.5))),
+                   ((0, SCALE), (2, OFFSET))),
     "Q5_0": Format(6, 32, 22, lambda b, j: half(b, 0) * (
         (nibble(b[6 + j % 16], j // 16) | fifth(b, 2, j)) - 16), ((0, 0.1),)),
     "Q5_1": Format(7, 32, 24, lambda b, j: half(b, 0) * (
-        nibble(b[8 + j % 16], j // 16) | fifth(b, 4, j)) + half(b, 2), ((0, 0.1), (2, -1.5))),
+        nibble(b[8 + j % 16], j // 16) | fifth(b, 4, j)) + half(b, 2), ((0, 0.1), (2, OFFSET))),
     "Q8_0": Format(8, 32, 34, lambda b, j: half(b, 0) * number("b", b, 2 + j), ((0, 0.01),)),
     "Q4_K": Format(12, 256, 144, q4_k, ((0, 0.006), (2, 0.045))),
     "Q5_K": Format(13, 256, 176, partial(q4_k, nibbles_at=48, fifth_at=16),
@@ -188,6 +187,7 @@ GGUF = {
     "Q6_K": Format(14, 256, 210, q6_k, ((208, 0.001),))}
 FORMATS = {**GGML, **GGUF}
 QUANTIZED = [name for name, form in FORMATS.items() if form.weight]
+each_format = pytest.mark.parametrize("name", FORMATS)
 
 
 def type_of(name):
@@ -211,8 +211,7 @@ def random_rows(name, rows, cols, rng):
 
 
 def values(name, data):
-    """uint8 [rows, bytes of a row] -> float32 [rows, cols], by dequantize, which is tested
-    below."""
+    """uint8 [rows, bytes of a row] -> float32 [rows, cols], by dequantize, tested below."""
     records = data.view(type_of(name).dtype)
     if FORMATS[name].weight:
         return tinyllama.dequantize(records)
@@ -285,12 +284,12 @@ class Tiny(NamedTuple):
         whole = {name: torch.from_numpy(values(*t)).double() for name, t in self.tensors.items()}
         return {name: w[0] if "norm" in name else w for name, w in whole.items()}
 
-    def reference(self, tokens, freqs=None):
+    def reference(self, tokens, freqs=None, weights=None, **how):
         """The logits of all positions by torch."""
         if freqs is None:
             freqs = 10000.0 ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
-        return torch_llama(self.weights(), tokens, self.n_layers, self.n_heads, self.n_kv_heads,
-                           self.eps, freqs).numpy()
+        return torch_llama(weights or self.weights(), tokens, self.n_layers, self.n_heads,
+                           self.n_kv_heads, self.eps, freqs, **how).numpy()
 
 
 def tiny_model(seed=0, kind="f32", dim=None, n_layers=1, n_heads=2, n_kv_heads=None, head_dim=4,
@@ -371,8 +370,7 @@ def logits(model, tokens, *calls, n_ctx=512):
 @given(seeds, st.sampled_from(list(GGML)), st.lists(st.binary(max_size=12), min_size=3, max_size=6),
        st.integers(1, 3))
 def test_ggml_file_is_read_and_written_as_described(folder, seed, kind, pieces, n_layers):
-    """A file packed by struct is read, and written again it has the same bytes. Catches: swapped
-    sizes, a wrong offset."""
+    """Byte for byte. Catches: swapped sizes, a wrong offset."""
     tiny = tiny_model(seed, kind, None, n_layers, head_dim=16, ffn_dim=32, pieces=pieces)
     if seed % 2:                                          # tensors may come in any order
         tiny = tiny._replace(tensors=dict(reversed(tiny.tensors.items())))
@@ -394,8 +392,7 @@ def test_ggml_file_is_read_and_written_as_described(folder, seed, kind, pieces, 
 
 @pytest.mark.parametrize("kind", GGML)
 def test_parts_are_one_model(folder, kind):
-    """1, 2, 4 and 8 parts, split as Meta's are, give one model to the last bit, and the right one.
-    Catches: parts joined along the wrong axis."""
+    """1, 2, 4 and 8, split as Meta's are. Catches: parts joined along the wrong axis."""
     tiny = tiny_model(3, kind, n_heads=8, head_dim=32, ffn_dim=512, pieces=BYTE_PIECES[:40])
     tokens, found = [1, 5, 39], []
     for n in (1, 2, 4, 8):
@@ -414,28 +411,27 @@ def test_parts_are_one_model(folder, kind):
     check(found[0], tiny.reference(tokens), 1e-5)
 
 
-def test_replacing_leaves_the_old_file_or_the_new_one(folder):
-    """After an error the old file is there, and nothing else. Catches: a half-written file. What a
-    killed process left is removed; what others wrote is not."""
-    target = folder / "replacing" / "a[1].bin"
-    target.parent.mkdir()
-    target.write_bytes(b"old")
-    bystander = target.parent / "a1.bin.77.tmp"
-    bystander.touch()
-    for error in (ValueError, KeyboardInterrupt):
-        left_over = target.parent / "a[1].bin.123.tmp"
-        left_over.touch()
-        with pytest.raises(error), tinyllama.replacing(target) as f:
-            f.write(b"half")
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, None])
+def test_replacing_leaves_the_old_file_or_the_new_one(tmp_path, error):
+    """What a killed process left is removed; what others write is not. Catches: a half-written
+    file."""
+    target, *others = (tmp_path / name for name in ("a[1].bin", "a1.bin.7.tmp", "a[1].bin.1.7.tmp"))
+    for path in (target, *others):
+        path.write_bytes(b"old")
+    program = ("import os, signal, sys, tinyllama\nwith tinyllama.replacing(sys.argv[1]) as f:\n"
+               "    f.write(bytes(1 << 20))\n    os.kill(os.getpid(), signal.SIGKILL)")
+    assert finished("-c", program, target)[0] == -signal.SIGKILL
+    left_over, = set(tmp_path.iterdir()) - {target, *others}
+    assert target.read_bytes() == b"old"
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        with tinyllama.replacing(str(target)) as f:
+            f.write(b"new")
             f.flush()
             assert target.read_bytes() == b"old" and not left_over.exists()
-            raise error
-        assert sorted(target.parent.iterdir()) == sorted([target, bystander])
-        assert target.read_bytes() == b"old"
-    with tinyllama.replacing(str(target)) as f:
-        f.write(b"new")
-    assert sorted(target.parent.iterdir()) == sorted([target, bystander])
-    assert target.read_bytes() == b"new"
+            if error:
+                raise error
+    assert {*tmp_path.iterdir()} == {target, *others}
+    assert target.read_bytes() == (b"old" if error else b"new")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -443,8 +439,9 @@ def test_replacing_leaves_the_old_file_or_the_new_one(folder):
 # ------------------------------------------------------------------------------------------------
 
 # Tiles, pieces and threads begin at sizes that take long to test, so the sizes are made small.
-CUTS = [{}, {"SMALL": 1}, *({"SMALL": 1, "TILE_ROWS": rows, "MANY_ROWS": (n, n), "JOBS": jobs, "WIDE": w}
-                            for rows, n, jobs, w in ((64, 16, 3, 1 << 12), (128, 48, 9, 1 << 14)))]
+CUTS = [{}, {"SMALL": 1}, *(
+    {"SMALL": 1, "TILE_ROWS": rows, "MANY_ROWS": (n, 2 * n), "JOBS": jobs, "WIDE": wide}
+    for rows, n, jobs, wide in ((64, 16, 3, 1 << 12), (128, 48, 9, 1 << 14)))]
 
 
 @contextlib.contextmanager
@@ -455,7 +452,7 @@ def constants(cuts):
         yield
 
 
-def read_matrix(path, *stored):
+def read_matrix(path, *stored, backend="numpy"):
     """A Matrix of some (format, uint8 rows), one below the other, from a file of its own."""
     tensors, offset = [], 0
     path.write_bytes(b"".join(data.tobytes() for _, data in stored))
@@ -464,13 +461,13 @@ def read_matrix(path, *stored):
         source = str(path), offset
         tensors.append(tinyllama.Tensor(f"tensor {i}", type_of(name), shape, (source,)))
         offset += data.nbytes
-    matrix = tinyllama.Matrix(tensors, POOLS[1])
+    matrix = tinyllama.BACKENDS[backend](tensors, POOLS[1])
     memory = np.empty(matrix.nbytes + 64, np.uint8)
     matrix.read(memory[-memory.ctypes.data % 64:][:matrix.nbytes])
     return matrix
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@each_format
 def test_the_plain_product(name):
     """What the chapter begins with. Catches: weights in the order of the file's bytes."""
     rng = np.random.default_rng(0)
@@ -494,33 +491,26 @@ def check_product(path, stored, counts, rng, cuts=NOTHING, pools=tuple(POOLS.val
         assert_array_equal(matrix.take(chosen), w[chosen])
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@each_format
 @few_examples
-@given(seeds, st.integers(1, 300), st.integers(1, 3), st.integers(1, 70), st.sampled_from(CUTS))
-def test_product_is_its_definition(folder, name, seed, rows, cols, n_tokens, cuts):
-    """Any shape, in one tile or many, on any number of threads. Catches: a lost row or block at an
-    edge, a wrong zero or minimum, a race."""
-    rng = np.random.default_rng(seed)
-    stored = name, random_rows(name, rows, cols * (256 if FORMATS[name].weights > 1 else 37), rng)
-    check_product(folder / "matrix", [stored], [n_tokens], rng, cuts)
+@given(seeds, st.lists(st.tuples(st.sampled_from(list(FORMATS)), st.integers(1, 90)), max_size=3),
+       st.integers(1, 300), st.integers(1, 3), st.integers(1, 70), st.sampled_from(CUTS))
+def test_product_is_its_definition(folder, name, seed, others, rows, cols, n_tokens, cuts):
+    """Any shape, alone or stacked on other types as wq, wk and wv are, in one tile or many, on any
+    number of threads. Catches: a lost row or block at an edge, a wrong zero or minimum, a race."""
+    rng, parts = np.random.default_rng(seed), [(name, rows), *others]
+    cols *= 256 if any(FORMATS[form].weights > 1 for form, _ in parts) else 37
+    stored = [(form, random_rows(form, n, cols, rng)) for form, n in parts]
+    check_product(folder / "matrix", stored, [n_tokens], rng, cuts)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@each_format
 def test_every_number_of_tokens(folder, name):
     """From 1 to 70. Catches: a mistake of the change-over between few and many tokens."""
     rng = np.random.default_rng(0)
     for cuts, cols in ((CUTS[0], 256), (CUTS[-1], 512)):
         stored = name, random_rows(name, 140, cols, rng)
-        check_product(folder / "counts", [stored], range(1, 71), rng, cuts, [POOLS[2]])
-
-
-@given(seeds, st.lists(st.tuples(st.sampled_from(list(GGUF)), st.integers(1, 90)), min_size=2,
-                       max_size=4), st.integers(1, 40), st.sampled_from(CUTS))
-def test_matrices_with_the_same_inputs_are_stacked(folder, seed, parts, n_tokens, cuts):
-    """As wq, wk and wv are, each of any type. Catches: rows of one in the place of another's."""
-    rng = np.random.default_rng(seed)
-    stored = [(name, random_rows(name, rows, 256, rng)) for name, rows in parts]
-    check_product(folder / "stacked", stored, [n_tokens], rng, cuts)
+        check_product(folder / "counts", [stored], [*range(1, 71), 130], rng, cuts, [POOLS[2]])
 
 
 @pytest.mark.parametrize("name, rows, cols", [
@@ -529,14 +519,13 @@ def test_product_of_real_sizes(folder, name, rows, cols):
     """Tiles of thousands of rows, long rows. Catches: cuts that are wrong at their real sizes."""
     rng = np.random.default_rng(0)
     stored = [(name, random_rows(name, rows, cols, rng))]
-    check_product(folder / "large", stored, (1, 4, 5, 20, 21, 70), rng)
+    check_product(folder / "large", stored, (1, 5, 20, 21, 36, 37, 130), rng)
 
 
 @many_examples
 @given(st.lists(st.integers(0, 0xFFFF), min_size=1, max_size=64), st.integers(1, 70), seeds)
 def test_every_float16_is_exact(folder, bits, n_tokens, seed):
-    """Subnormal and large ones, both zeros; infinity and NaN are refused. Catches: a fast cast
-    that is wrong at the ends."""
+    """Infinity and NaN are refused. Catches: a fast cast that is wrong at the ends."""
     data = np.array([bits, bits[::-1]], "<u2")
     w, path = data.view("<f2").astype(np.float64), folder / "halves"
     if not np.isfinite(w).all():
@@ -559,7 +548,7 @@ def test_a_large_float16_after_thousands_of_small_ones(folder):
     assert_array_equal(matrix.take(np.arange(1000)), w)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@each_format
 def test_memory_of_a_matrix(folder, name):
     """`nbytes` is at most so many times the size in the file. Catches: weights kept as float32."""
     data = random_rows(name, 512, 512, np.random.default_rng(0))
@@ -568,9 +557,9 @@ def test_memory_of_a_matrix(folder, name):
     assert read_matrix(folder / "size", (name, data)).nbytes <= data.nbytes * limits.get(name, 1)
 
 
-def test_threads_do_every_job_once_and_raise():
+def test_threads_do_every_job_once_and_raise_and_end_with_their_pool():
     """With more and fewer jobs than threads. Catches: a lost job, an exception that breaks the pool
-    for later calls."""
+    for later calls, threads that stay behind, one more for each model that was loaded."""
     for pool, n_jobs in itertools.product(POOLS.values(), (0, 1, 2, 3, 50)):
         done = []
         pool.run([partial(done.append, i) for i in range(n_jobs)])
@@ -578,10 +567,6 @@ def test_threads_do_every_job_once_and_raise():
         if n_jobs:
             with pytest.raises(ZeroDivisionError):
                 pool.run([partial(divmod, 1, i - n_jobs // 2) for i in range(n_jobs)])
-
-
-def test_threads_end_with_their_pool():
-    """Catches: threads that stay behind, one more for each model that was loaded."""
     before = set(threading.enumerate())
     pool = tinyllama.Threads(3)
     pool.run([int] * 3)
@@ -596,9 +581,10 @@ def test_threads_end_with_their_pool():
 # 4. The transformer
 # ------------------------------------------------------------------------------------------------
 
-def torch_llama(w, tokens, n_layers, n_heads, n_kv_heads, eps, freqs):
+def torch_llama(w, tokens, n_layers, n_heads, n_kv_heads, eps, freqs, halves=False):
     """LLaMA by the formulas of its paper, in float64: the logits of all positions. w: {Meta's name:
-    tensor}; freqs: radians a position for each pair of a head."""
+    tensor}; freqs: radians a position for each pair of a head; with `halves`, as Hugging Face has
+    it, pairs are numbers i and i + E / 2."""
     positions = torch.arange(len(tokens), dtype=torch.float64)
     angles = torch.outer(positions, torch.as_tensor(freqs, dtype=torch.float64))
     turns = torch.polar(torch.ones_like(angles), angles)
@@ -606,12 +592,12 @@ def torch_llama(w, tokens, n_layers, n_heads, n_kv_heads, eps, freqs):
     def norm(x, weight):
         return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
-    def heads(x, n):
-        return x.unflatten(-1, (n, -1)).transpose(0, 1)                                # [n, T, E]
+    def heads(x, n):                                      # [n_heads, T, E]
+        return x.unflatten(-1, (n, -1)).transpose(0, 1).repeat_interleave(n_heads // n, 0)
 
-    def rope(x):
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * turns).flatten(-2)
+    def rope(x):                                          # both q and k, so pairs may stay apart
+        pairs = x.unflatten(-1, (2, -1)).transpose(-1, -2) if halves else x.unflatten(-1, (-1, 2))
+        return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns).flatten(-2)
 
     x = w["tok_embeddings.weight"][list(tokens)]
     future = torch.ones(len(tokens), len(tokens)).triu(1).bool()
@@ -619,12 +605,10 @@ def torch_llama(w, tokens, n_layers, n_heads, n_kv_heads, eps, freqs):
         wq, wk, wv, wo, w1, w2, w3, attention_norm, ffn_norm = (
             w[f"layers.{i}.{name}.weight"] for name in list(SHAPES)[3:])
         h = norm(x, attention_norm)
-        q = rope(heads(h @ wq.T, n_heads))
-        k = rope(heads(h @ wk.T, n_kv_heads)).repeat_interleave(n_heads // n_kv_heads, 0)
-        v = heads(h @ wv.T, n_kv_heads).repeat_interleave(n_heads // n_kv_heads, 0)
+        q, k, v = rope(heads(h @ wq.T, n_heads)), rope(heads(h @ wk.T, n_kv_heads)), h @ wv.T
         scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
-        scores = scores.masked_fill(future, -math.inf)
-        x = x + (scores.softmax(-1) @ v).transpose(0, 1).flatten(1) @ wo.T
+        scores = scores.masked_fill(future, -math.inf).softmax(-1)
+        x = x + (scores @ heads(v, n_kv_heads)).transpose(0, 1).flatten(1) @ wo.T
         h = norm(x, ffn_norm)
         x = x + (torch.nn.functional.silu(h @ w1.T) * (h @ w3.T)) @ w2.T
     return norm(x, w["norm.weight"]) @ w["output.weight"].T
@@ -636,26 +620,19 @@ rows_of_floats = st.tuples(seeds, st.integers(1, 5), st.integers(1, 9), st.float
 
 @many_examples
 @given(rows_of_floats, st.sampled_from([1e-6, 1e-5, 0.1]))
-def test_rms_norm(x, eps):
-    """Number by number. Catches: a mean that is a sum, an epsilon outside of the root."""
+def test_rms_norm_and_softmax(x, eps):
+    """Catches: a mean that is a sum, an epsilon outside of the root, an exp that overflows."""
     weight = np.linspace(-2, 3, x.shape[1], dtype=np.float32)
     norms = [math.sqrt(sum(n * n for n in row) / len(row) + eps) for row in x.tolist()]
     expected = [row / norm * weight for row, norm in zip(x.astype(np.float64), norms)]
     check(tinyllama.rms_norm(x, weight, eps), expected, 1e-6)
-
-
-@many_examples
-@given(rows_of_floats)
-def test_softmax(x):
-    """Against torch's, for scores of up to 10^8. Catches: an exp that overflows."""
     check(tinyllama.softmax(x.copy()), torch.softmax(torch.from_numpy(x).double(), -1), 1e-6)
 
 
 @given(seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(0, 9),
        st.integers(1, 8))
 def test_attention_is_its_formula(seed, n_heads, group, n_tokens, n_before, head_dim):
-    """softmax(q k^T + mask) v, one query at a time. Catches: a mask off by one, a head that looks
-    at another's keys."""
+    """One query at a time. Catches: a mask off by one, a head that looks at another's keys."""
     rng = np.random.default_rng(seed)
     q = rng.normal(size=(n_heads, group, n_tokens, head_dim)).astype(np.float32)
     k, v = rng.normal(size=(2, n_heads, n_before + n_tokens, head_dim)).astype(np.float32)
@@ -667,27 +644,19 @@ def test_attention_is_its_formula(seed, n_heads, group, n_tokens, n_before, head
     check(tinyllama.attend(q, k, v), expected, 1e-5, np.abs(v).max())
 
 
-def rotation(positions, head_dim):
-    """As the forward pass makes it."""
-    angles = np.outer(positions, tinyllama.rope_frequencies(head_dim, 10000.0))
-    return np.exp(1j * angles).astype(np.complex64)[:, None]
-
-
 @given(seeds, st.integers(1, 8), st.integers(0, 4000), st.integers(0, 4000))
 def test_rope(seed, pairs, position, shift):
-    """Pair i turns by position * 10000^(-2i / E); q . k depends on the distance alone. Catches:
-    pairs taken from the two halves of a head, a wrong exponent."""
+    """Catches: pairs taken from the two halves of a head, a wrong exponent or direction."""
     q, k = x = np.random.default_rng(seed).normal(size=(2, 1, 1, 2 * pairs)).astype(np.float32)
+
+    def turned(x, position):
+        angles = np.outer([position], tinyllama.rope_frequencies(2 * pairs, 10000.0))
+        return tinyllama.rope(x, np.exp(1j * angles).astype(np.complex64)[:, None])
+
     expected = [complex(a, b) * math.e ** (1j * position * 10000 ** (-i / pairs))
                 for i, (a, b) in enumerate(q.reshape(-1, 2))]
-    found = tinyllama.rope(q, rotation([position], 2 * pairs))
-    check(found, np.array(expected).view(np.float64).reshape(q.shape), 1e-6)
-
-    def product(i, j):
-        return (tinyllama.rope(q, rotation([i], 2 * pairs))
-                * tinyllama.rope(k, rotation([j], 2 * pairs))).sum()
-
-    near, far = product(position, 0), product(position + shift, shift)
+    check(turned(q, position), np.array(expected).view(np.float64).reshape(q.shape), 1e-6)
+    near, far = ((turned(q, position + i) * turned(k, i)).sum() for i in (0, shift))
     assert_allclose(far, near, rtol=0, atol=1e-5 * np.abs(x).sum())
 
 
@@ -717,8 +686,7 @@ def draw_tokens(data, tiny, max_size=12):
 @settings(max_examples=3 * EXAMPLES)
 @given(models(), st.data(), st.sampled_from(CUTS))
 def test_logits_are_those_of_the_paper(folder, tiny, data, cuts):
-    """The whole model against torch, its heads on one thread or on several. Catches: a wrong
-    formula, swapped heads, a mask that is off by one."""
+    """By torch. Catches: a wrong formula, swapped heads, a mask that is off by one."""
     tokens = draw_tokens(data, tiny)
     with constants(cuts):
         model = load(write_ggml(folder / "paper.bin", tiny), norm_eps=tiny.eps, threads=3)
@@ -778,8 +746,7 @@ def test_cache_grows_and_has_an_end(folder):
 
 
 def test_threads_never_change_a_bit(folder):
-    """Of the logits, for few and many tokens; nor of what is drawn, which the seed decides.
-    Catches: sums added as they come, a random choice that is not made by `rng`."""
+    """Nor of what is drawn. Catches: sums added as they come, a choice not made by `rng`."""
     tiny = tiny_model(12, "q4_0", n_heads=4, n_kv_heads=2, head_dim=32, ffn_dim=256, n_layers=2)
     tokens = np.random.default_rng(0).integers(0, 259, 200).tolist()
     path = write_ggml(folder / "bits.bin", tiny)
@@ -815,6 +782,7 @@ le maïs. ¿Qué tal, señor? Да, всё хорошо, и это не всё. 
 🦙🦙 likes 🌿 and 🎉, e\u0301 and ½ + ² = ∞; ------ ====== ______ ... *** ### \\n\\t <s> </s> <unk>
 """
 PROSE = "It was   the best\n\n\tof times; größer 北京 and 東京 🦙🦙: 12345.\u2581Done"
+USER_DEFINED = ["<user>", "<use", "@", "x\u2581y", "the", "größe", "\n\n"]
 
 
 @lru_cache(maxsize=None)
@@ -832,14 +800,17 @@ def train(vocab_size=560, **changes):
 @pytest.fixture(scope="session")
 def trained():
     """plain: no pieces of spaces; llama: these rank last, as in LLaMA; natural: as training put
-    them, which only GGUF can say; phrases: some pieces are several words."""
+    them, which only GGUF can say; phrases: some pieces are several words; user: some are the
+    user's."""
     natural = train(allow_whitespace_only_pieces=True)
     # A piece (string, field 1) of spaces and its score (float, field 2) in sentencepiece's file.
     llama = re.sub(rb"(?s)(\n.(?:\xe2\x96\x81)+\x15)....",
                    lambda match: match[1] + struct.pack("<f", -1e9), natural)
-    return {name: sentencepiece.SentencePieceProcessor(model_proto=proto) for name, proto in
-            {"plain": train(), "llama": llama, "natural": natural,
-             "phrases": train(split_by_whitespace=False)}.items()}
+    protos = {"plain": train(), "llama": llama, "natural": natural,
+              "phrases": train(split_by_whitespace=False),
+              "user": train(user_defined_symbols=",".join(f'"{text}"' for text in USER_DEFINED))}
+    return {name: sentencepiece.SentencePieceProcessor(model_proto=proto)
+            for name, proto in protos.items()}
 
 
 def ggml_pieces(sp):
@@ -855,15 +826,16 @@ def tokenizer_metadata(**metadata):
 
 def sentencepiece_metadata(sp, **changes):
     """The same vocabulary for GGUF, with its scores."""
-    kinds = [6 if sp.is_byte(i) else 3 if sp.is_control(i) else 2 if sp.is_unknown(i) else 1
+    kinds = [6 if sp.is_byte(i) else 3 if sp.is_control(i) else 2 if sp.is_unknown(i) else
+             4 if sp.get_score(i) == 0 and sp.id_to_piece(i) in USER_DEFINED else 1
              for i in range(len(sp))]
     return tokenizer_metadata(tokens=[sp.id_to_piece(i) for i in range(len(sp))],
                               token_type=[("i", kind) for kind in kinds],
                               scores=[sp.get_score(i) for i in range(len(sp))], **changes)
 
 
-VOCABULARIES = ["plain in ggml", "llama in ggml", *(f"{name} in GGUF" for name in
-                                                    ("plain", "llama", "natural", "phrases"))]
+VOCABULARIES = ["plain in ggml", "llama in ggml", "user in ggml", *(
+    f"{name} in GGUF" for name in ("plain", "llama", "natural", "phrases", "user"))]
 
 
 @pytest.fixture(scope="session")
@@ -881,7 +853,8 @@ def tokenizers(folder, trained):
 
 fragments = st.sampled_from([
     "the ", "for", "  ", " ", "    ", "\n", "\t", "\u2581", "1234", "größ", "self.", "-----", "🦙",
-    "\u2047", " \u2047 ", "e\u0301", "<s>", "<0x41>", "\0", "tensor", "layers"])
+    "\u2047", " \u2047 ", "e\u0301", "<s>", "<0x41>", "\0", "tensor", "<user>", "<use", "@", "x y",
+    "th", "e", "größe", "\n\n"])
 texts = st.text() | st.lists(fragments | st.text(max_size=3), max_size=12).map("".join)
 
 
@@ -892,14 +865,17 @@ texts = st.text() | st.lists(fragments | st.text(max_size=3), max_size=12).map("
 @example(PROSE)
 @example("")
 @example(" ")
+@example("<user>the x y@")
 def test_tokens_are_those_of_sentencepiece(tokenizers, name, text):
     """Any text, from ggml, which has no scores, and from GGUF. Decoding gives the text back.
-    Catches: a wrong order of merges, a lost space, a byte that has no token."""
+    Catches: a wrong order of merges, a lost space, a byte that has no token, a user-defined piece
+    that is merged or cut."""
     tokenizer, sp = tokenizers[name]
     tokens = tokenizer.encode(text)
     assert tokens == sp.encode(text) and (text != TEXT or len(set(tokens)) > 230)
     assert tokenizer.decode(tokens) == (" " * bool(text) + text.replace("\u2581", " ")).encode()
     assert tokenizer.encode(text, bos=True) == [1, *tokens]
+    assert (tokenizer.eos, tokenizer.ends, tokenizer.unknown) == (2, {2}, 0)
 
 
 def merged(symbols, rank):
@@ -916,8 +892,7 @@ def merged(symbols, rank):
 @many_examples
 @given(seeds, st.integers(0, 40))
 def test_merging_is_its_definition(seed, n_symbols):
-    """With ranks that are often equal. Catches: a stale pair that is merged, a tie that goes
-    right."""
+    """Ranks are often equal. Catches: a stale pair that is merged, a tie that goes right."""
     rng = np.random.default_rng(seed)
     symbols = rng.choice([b"a", b"b", b" "], n_symbols).tolist()
     lengths = (2, 2, 2, 3, 3, 3, 4, 4, 5)
@@ -931,8 +906,7 @@ def test_merging_is_its_definition(seed, n_symbols):
 
 
 def test_gguf_flags_of_the_tokenizer(folder, trained):
-    """No space in front, no BOS, ends by name, if the file says so; control tokens in a text are
-    text. Catches: a flag that is ignored."""
+    """No space in front, no BOS, ends by name. Catches: a flag that is ignored."""
     sp = trained["llama"]
     tiny = tiny_model(0, head_dim=2, pieces=ggml_pieces(sp))
     metadata = sentencepiece_metadata(sp, add_space_prefix=False, add_bos_token=False)
@@ -955,19 +929,17 @@ def test_surrogates_in_a_text_are_not_an_error(tokenizers):
         assert tokenizer.decode(tokenizer.encode("a\udcffb")) == b" a?b"
 
 
-def test_long_texts_take_seconds(tokenizers, folder):
-    """One word of 100,000 letters, a run of as many spaces, much prose, in seconds of processor
-    time. Catches: quadratic time, which would take an hour."""
+def test_long_texts_take_seconds(tokenizers):
+    """Of processor time. Catches: quadratic time, which would take an hour."""
     rng = np.random.default_rng(0)
     words = ["a" * 100_000, " " * 100_000,
              *("".join(rng.choice(list(letters), 100_000)) for letters in ("ab-e", "abcdefgh  "))]
-    bytes_tokenizer, _ = byte_level(folder, "llama-bpe", [(b"a", b"b"), (b"b", b"a"), (b"a", b"a")])
+    bytes_tokenizer, _ = byte_level("llama-bpe", [(b"a", b"b"), (b"b", b"a"), (b"a", b"a")])
     ours = [tokenizers[name][0] for name in ("llama in ggml", "plain in GGUF")]
-    for tokenizer in (*ours, bytes_tokenizer):
-        for text in words:
-            start = time.process_time()
-            assert tokenizer.decode(tokenizer.encode(text)).decode().endswith(text)
-            assert time.process_time() - start < 30
+    for tokenizer, text in itertools.product((*ours, bytes_tokenizer), words):
+        start = time.process_time()
+        assert tokenizer.decode(tokenizer.encode(text)).decode().endswith(text)
+        assert time.process_time() - start < 30
 
 
 # ------------------------------------------------------------------------------------------------
@@ -983,8 +955,7 @@ powers_of_two = st.sampled_from([0.25, 0.5, 1.0, 2.0])
 @given(eighths, st.data(), powers_of_two, st.integers(-2, 40), st.floats(0, 1), powers_of_two,
        st.just(0.0) | st.floats(0, 1))
 def test_candidates_in_plain_python(numbers, data, temp, top_k, top_p, penalty, min_p):
-    """Temperature, penalty, top-k, softmax, top-p, min-p, in that order, one token at a time.
-    Catches: a penalty that helps negative logits, a token too many or too few."""
+    """Catches: a penalty that helps negative logits, a token too many or too few."""
     recent = data.draw(st.lists(st.integers(0, len(numbers) - 1), max_size=9))
     before = numbers.copy()
     tokens, p = tinyllama.candidates(numbers, recent, temp, top_k, top_p, penalty, min_p)
@@ -1008,8 +979,7 @@ def test_candidates_in_plain_python(numbers, data, temp, top_k, top_p, penalty, 
 
 
 def test_samples_are_as_frequent_as_they_are_likely():
-    """10,000 draws, each frequency within four standard deviations; the seed decides. Catches: a
-    draw that is off by one token."""
+    """Catches: a draw that is off by one token, a damaged model that writes noise."""
     numbers, rng = np.array([1, 0.5, -2, 0.75, -9], np.float32), np.random.default_rng(0)
     sampling = {"temp": 0.5, "top_k": 4, "top_p": 1.0, "repeat_penalty": 2.0}
     drawn = [tinyllama.sample(numbers, [1], rng, **sampling) for _ in range(10_000)]
@@ -1020,11 +990,6 @@ def test_samples_are_as_frequent_as_they_are_likely():
     again = np.random.default_rng(0)
     assert drawn[:50] == [tinyllama.sample(numbers, [1], again, **sampling) for _ in range(50)]
     assert all(tinyllama.sample(numbers, [], rng, temp=0.0) == 0 for _ in range(50))
-
-
-def test_nan_is_not_sampled():
-    """Catches: a damaged model that writes noise. (-inf is a token that must not be drawn.)"""
-    rng = np.random.default_rng(0)
     for bad in ([0, np.nan, 1], [0, np.inf, 1], [-np.inf] * 3):
         with pytest.raises(tinyllama.ModelError, match="NaN"):
             tinyllama.sample(np.array(bad, np.float32), [], rng)
@@ -1051,8 +1016,7 @@ def chain_model(path, text, loop=False, write=None):
 
 
 def test_generate_ends_where_it_should(folder):
-    """After n tokens, at the token that ends the text, which it yields, or when the context is
-    full. Catches: a token too many, a prompt read in passes of the wrong size."""
+    """Catches: a token too many, a prompt read in passes of the wrong size."""
     model = load(chain_model(folder / "chain.bin", "abcdef"))
     story = [3 + b for b in b"bcdef"] + [2]
 
@@ -1080,8 +1044,7 @@ def test_generate_ends_where_it_should(folder):
 
 
 def test_generate_leaves_a_cache_that_goes_on(folder):
-    """The cache holds all but the last token; prompt and generated tokens are penalised. Catches: a
-    token read twice or never."""
+    """It holds all but the last token. Catches: a token read twice or never."""
     tiny = tiny_model(11, n_layers=2, n_heads=4)
     model = load(write_ggml(folder / "go_on.bin", tiny))
     cache, text = tinyllama.Cache(model, 64), [1, 40, 50]
@@ -1101,24 +1064,16 @@ def test_generate_leaves_a_cache_that_goes_on(folder):
 # 7. Loading
 # ------------------------------------------------------------------------------------------------
 
-def test_ggml_files_leave_epsilon_and_base_to_the_caller(folder):
-    """Catches: an option that does not reach the model."""
-    tiny = tiny_model(6, n_heads=4, head_dim=8, n_layers=2)
+def test_loading(folder):
+    """Catches: an epsilon or base that does not reach the model, a bar that stops early."""
+    tiny, fractions = tiny_model(6, n_heads=4, head_dim=8, n_layers=2), []
     path, tokens = write_ggml(folder / "options.bin", tiny), [1, 50, 7, 7, 200, 3]
-    expected = tiny._replace(eps=0.25).reference(tokens)
-    model = load(path, norm_eps=0.25)
-    check(logits(model, tokens), expected, 1e-5)
+    model = load(path, norm_eps=0.25, progress=fractions.append)
+    check(logits(model, tokens), tiny._replace(eps=0.25).reference(tokens), 1e-5)
     assert model.metadata == {} and model.hyper.n_ctx_train == 0
     expected = tiny.reference(tokens, 100.0 ** (-np.arange(4) / 4))
     check(logits(load(path, rope_freq_base=100.0), tokens), expected, 1e-5)
-
-
-def test_progress_reaches_one(folder):
-    """Catches: a bar that stops early or runs over."""
-    fractions = []
-    load(write_ggml(folder / "progress.bin", tiny_model(0, n_layers=3)), progress=fractions.append)
-    assert fractions == sorted(fractions) and len(fractions) > 10
-    assert 0.999 < fractions[-1] <= 1.001
+    assert fractions == sorted(fractions) and len(fractions) > 5 and 0.999 < fractions[-1] <= 1.001
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1154,8 +1109,7 @@ def gguf_typed(value):
 
 
 def pack_gguf(metadata, tensors, version=3, alignment=32):
-    """The bytes of a file; tensors: a list of (name, type, sizes with the innermost first,
-    bytes)."""
+    """The bytes of a file; tensors: (name, type, sizes with the innermost first, bytes)."""
     head = struct.pack("<4sIQQ", b"GGUF", version, len(tensors), len(metadata))
     for key, value in metadata.items():
         kind, raw = gguf_typed(value)
@@ -1236,8 +1190,7 @@ ROPE = "llama.rope."
      lambda freqs: freqs / (2, 4, 6, 8)),
 ])
 def test_what_gguf_says_of_the_model_is_done(folder, sizes, metadata, change):
-    """In the logits, against torch with the frequencies 10000^(-2i / E), changed as the file says.
-    Catches: a key that is ignored or misunderstood."""
+    """Against torch. Catches: a key that is ignored or misunderstood."""
     sizes = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "n_layers": 2, **sizes}
     tiny = tiny_model(5, "F32", **sizes)
     metadata, tokens = dict(metadata), [1, 50, 7, 7, 200, 3]
@@ -1256,8 +1209,7 @@ mixtures = st.fixed_dictionaries({
 
 @given(seeds, mixtures, st.integers(1, 7), st.booleans())
 def test_any_mixture_of_types_computes(folder, seed, kinds, n_tokens, tied):
-    """As in files that mix Q4_K with Q6_K; embeddings of any type may be the output, too. Catches:
-    a type that works in one place only."""
+    """Embeddings may be the output, too. Catches: a type that works in one place only."""
     if FORMATS[kinds["attention.wo"]].weights == 256:     # it has only 64 columns here
         kinds["attention.wo"] = "Q8_0"
     tiny = tiny_model(seed, "F16", dim=256, n_kv_heads=1, head_dim=32, ffn_dim=256,
@@ -1288,36 +1240,43 @@ def visible(raw):
     return "".join(CHARACTERS[b] for b in raw)
 
 
-def byte_level(folder, pre, merges, extra=(), **changes):
+def vocabulary(pieces, *names, types=(), **metadata):
+    """Our tokenizer of pieces, and of names of control tokens (or of other types), from GGUF."""
+    tokens = [piece.encode() for piece in (*pieces, *names)]
+    types = np.array([1] * len(pieces) + [*(types or [3] * len(names))], np.int32)
+    found = tinyllama.Metadata("m.gguf")
+    found.update({f"tokenizer.ggml.{key}": value for key, value in {
+        "model": b"gpt2", "tokens": tokens, "token_type": types, "merges": [b"a b"], **metadata
+    }.items() if value is not None})
+    return tinyllama.gguf_tokenizer(found.path, found)
+
+
+def byte_level(pre, merges, extra=(), **changes):
     """Our tokenizer with these merges (pairs of bytes), and its vocabulary: {bytes: token}."""
     pieces = [*(bytes([b]) for b in reversed(range(256))),
               *dict.fromkeys(left + right for left, right in merges), *extra]
-    metadata = tokenizer_metadata(**{
-        "model": "gpt2", "pre": pre, "scores": None, "bos_token_id": 7, "eos_token_id": None,
-        "merges": [f"{visible(left)} {visible(right)}" for left, right in merges],
-        "tokens": [visible(piece) for piece in pieces] + ["<|im_end|>", "<mine>"],
-        "token_type": [("i", kind) for kind in [*[1] * len(pieces), 3, 4]], **changes})
-    tiny = tiny_model(0, "F32", head_dim=2, pieces=[b"x"] * (len(pieces) + 2))
-    tokenizer = load(write_gguf(folder / "bytes.gguf", tiny, metadata)).tokenizer
+    tokenizer = vocabulary(
+        [*map(visible, pieces)], "<|im_end|>", "<mine>", types=[3, 4], pre=pre.encode(),
+        merges=[f"{visible(left)} {visible(right)}".encode() for left, right in merges],
+        bos_token_id=7, **changes)
     return tokenizer, {piece: i for i, piece in enumerate(pieces)}
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe"])
 @given(seeds, st.lists(st.text("ab'1 é\n🦙", max_size=20) | texts, min_size=1, max_size=4))
-def test_byte_pairs_merge_in_the_order_of_their_ranks(folder, pre, seed, some_texts):
-    """Random merges against the definition, word by word; decoding gives the text back. Catches:
-    ranks of pieces instead of pairs, merges across words."""
+def test_byte_pairs_merge_in_the_order_of_their_ranks(pre, seed, some_texts):
+    """Catches: ranks of pieces instead of pairs, merges across words."""
     rng, symbols, merges = np.random.default_rng(seed), [bytes([b]) for b in "ab' é".encode()], []
     for _ in range(60):
         pair = tuple(symbols[i] for i in rng.integers(0, len(symbols), 2))
         if pair not in merges:
             merges.append(pair)
             symbols.append(pair[0] + pair[1])
-    tokenizer, ids = byte_level(folder, pre, merges)
+    tokenizer, ids = byte_level(pre, merges)
     ranks = {pair: i for i, pair in enumerate(merges)}
     for text in some_texts:
         expected = []
-        for word in tinyllama.cut_words(text, tinyllama.PRETOKENIZERS[pre]):    # tested below
+        for word in words_of(text, pre):                  # tested below
             raw = word.encode()
             whole = pre == "llama-bpe" and raw in ids
             symbols = [bytes([b]) for b in raw]
@@ -1327,37 +1286,91 @@ def test_byte_pairs_merge_in_the_order_of_their_ranks(folder, pre, seed, some_te
         assert tokenizer.decode(tokens) == text.encode()
 
 
+# The patterns that cut words, a second time: for ASCII. Each other character is replaced by one of
+# its category, and categories that ASCII lacks by the control characters 1 to 3.
+
+STAND_INS = {"Lu": "A", "Ll": "b", "Lt": "\1", "Lm": "\2", "Lo": "\2", "M": "\3", "N": "0",
+             "Z": "\t", "P": ".", "S": "+", "C": "+"}
+RUNS = r"|\s+(?=\s\S)|\s+"                                # the last one belongs to what follows
+GPT2 = r"'[stmd]|'(?:re|ve|ll)| ?[A-Za-z\1\2]+| ?\d+| ?[^A-Za-z\d\s\1\2]+" + RUNS
+LLAMA3 = (r"(?i:'[stmd]|'(?:re|ve|ll))|[^A-Za-z\d\r\n\1\2]?[A-Za-z\1\2]+|\d\d?\d?"
+          r"| ?[^A-Za-z\d\s\1\2]+[\r\n]*|\s*[\r\n]" + RUNS)
+TEKKEN = (r"[^A-Za-z\d\r\n\1\2]?[A-Z\1-\3]*[a-z\2\3]+|[^A-Za-z\d\r\n\1\2]?[A-Z\1-\3]+|\d"
+          r"| ?[^A-Za-z\d\s\1\2]+[\r\n/]*|\s*[\r\n]" + RUNS)
+PATTERNS = {"gpt-2": [GPT2], "smollm": [r"\d", GPT2], "llama-bpe": [LLAMA3], "tekken": [TEKKEN],
+            "deepseek-coder": [r"[\r\n]", r"\s?[A-Za-z\1\2]+", r"\s?[!-#%-*,-/:;?@[-\]_{}]+",
+                               "[\u0800-\u9fa5\uac00-\ud7ff]+", r"\d"]}
+
+
+def stand_in(c):
+    if c < "\x80":
+        return "+" if c < "\t" or "\r" < c < " " else c
+    category = "Z" if c == "\x85" else unicodedata.category(c)
+    return STAND_INS[category if category[0] == "L" else category[0]]
+
+
+def plain_words(text, pre):
+    words = [text]
+    for pattern in PATTERNS[pre]:
+        cuts = []
+        for word in words:
+            seen = "".join(map(stand_in, word)) if pattern.isascii() else word
+            spans = (match.span() for match in re.finditer(pattern, seen, re.A * pattern.isascii()))
+            cuts.append((word, sorted({0, len(word), *itertools.chain(*spans)})))
+        words = [word[i:j] for word, cut in cuts for i, j in itertools.pairwise(cut)]
+    return words
+
+
+def words_of(text, pre):
+    return tinyllama.cut_words(text, tinyllama.PRETOKENIZERS[pre])
+
+
 @pytest.mark.parametrize("pre, words", [
     *(("gpt-2", words) for words in (
-        "Hello| world| a| | b", "I|'m| you|'re| we|'|LL|.", "x|\n\n| y|  ", "über| größe| 北京|!?",
-        "x|²½| 345|km", "a|\u00a0|b|\u3000|\u3000|c", "e|\u0301| #|1",
-        "🦙| 🦙🦙|\x85|\u200b_|a|_\x1c")),
-    *(("smollm", words) for words in (
-        "abc|1|2|3| |4", "x|²|3|'s| |5| x", "a|  |1|\t\n", "١|٢|Ⅷ|年")),
+        "Hello| world| a| | b", "I|'m| we|'|LL|.|\n\n| y|  ", "I|'ve|n|'|\u017f| größe| 北京|!?",
+        "x|²½| 345|km", "a|\u00a0|b|\u3000|\u3000|c|\u0301| #|1", "🦙| 🦙🦙|\x85|\u200b_|a|_\x1c")),
+    *(("smollm", words) for words in ("abc|1|2|3| |4", "x|²|3|'s| |5| x|  |1|\t\n", "١|٢|Ⅷ|年")),
     *(("llama-bpe", words) for words in (
-        "I|'M| we|'Re|'x", "123|45| |678|9", "(foo|).|bar|_baz", "a|\n\n| b",
-        "a|!\n\n|b| {\r\n|  | x", " | hi|\t|\tif", "x| =| |1|;\n|größe|²|年",
+        "I|'M| we|'Re|'x| |678|9", "(foo|).|bar|_baz|\n\n| b", "I|'LL|x|'\u017f|x",
+        "a|!\n\n|b| {\r\n|  | x", " | hi|\t|\tif| =| |1|;\n|größe|²|年",
         "\u00a0größe| 北京|\u3000\u3000\n| |\u00a0|.|\u2028")),
-])
+    ("tekken", "ABc| I|'m| ÉTÉ"), ("tekken", "get|Http|Response|Code| ǅa| //\n/|1|2"),
+    ("deepseek-coder", "x|\u9fa5|\u9fa6"), ("deepseek-coder", " if| (|x|\t=|1|2| größe|\u5317"),
+    ("deepseek-llm", "gr|öß|e| Hello|,| world|\n|\n| x|  |\t.|1|2|  "),
+    ("deepseek-llm", "ԱԲ|աբ|\u5317\u4eac|\u3002| Ж|\u0627|  ")])
 def test_words_are_cut_as_the_pattern_says(pre, words):
-    """Texts with | at the cuts, worked out by hand from the patterns of GPT-2, SmolLM and Llama 3.
-    Catches: a class of characters that is not Unicode's."""
-    found = tinyllama.cut_words(words.replace("|", ""), tinyllama.PRETOKENIZERS[pre])
-    assert "|".join(found) == words
+    """Texts with | at the cuts, worked out by hand from each model's pattern. Catches: a class of
+    characters that is not Unicode's. U+017F is a long s. DeepSeek's list of letters lacks many."""
+    assert "|".join(words_of(words.replace("|", ""), pre)) == words
 
 
-@given(st.text(), st.sampled_from(list(tinyllama.PRETOKENIZERS)))
-def test_words_are_the_text(text, pre):
-    """Catches: a character that no pattern matches, lost in between."""
-    words = tinyllama.cut_words(text, tinyllama.PRETOKENIZERS[pre])
-    assert "".join(words) == text and all(words)
+def test_words_are_cut_by_the_categories_of_all_characters():
+    """The ends of all runs of one category: a range that is off by one, an odd space."""
+    categories = map(unicodedata.category, map(chr, range(sys.maxunicode + 1)))
+    changes = [i for i, (a, b) in enumerate(itertools.pairwise(categories)) if a != b]
+    for c, pre in itertools.product({c for i in changes for c in (i, i + 1)}, PATTERNS):
+        if not 0xD800 <= c < 0xE000:
+            text = "a{0}b {0} 1{0}A'{0}s\n{0}.".format(chr(c))
+            assert words_of(text, pre) == plain_words(text, pre)
 
 
-def test_byte_level_flags(folder):
-    """Only in llama-bpe a whole word needs no merges; BOS is for those that want it; control tokens
-    in a text are text. Catches: a flag of another pre-tokenizer."""
+parts_of_texts = st.sampled_from([
+    "'s", "'LL", " ", "  ", "\r\n", "\t", "\x1c", "\x85", "A", "Bc", "\u01c5", "e\u0301",
+    "größe", "\u5317\u4eac", "12", "\u2167", "!?", "/", "\n", "x"])
+
+
+@pytest.mark.parametrize("pre", PATTERNS)
+@given(st.lists(parts_of_texts | st.characters(codec="utf-8", exclude_characters="\u017f"))
+       .map("".join))
+def test_words_are_cut_as_the_plain_patterns_say(pre, text):
+    """Alternatives in the wrong order, a run that takes too much."""
+    assert words_of(text, pre) == plain_words(text, pre)
+
+
+def test_byte_level_flags():
+    """BOS, whole words, a space in front. Catches: a flag of another pre-tokenizer."""
     def tokens(pre, text, **changes):
-        tokenizer, ids = byte_level(folder, pre, [(b"a", b"b")], extra=[b"abc", b" abc"], **changes)
+        tokenizer, ids = byte_level(pre, [(b"a", b"b")], extra=[b"abc", b" abc"], **changes)
         return tokenizer, tokenizer.encode(text, bos=True), ids
 
     _, found, ids = tokens("llama-bpe", "abc abc")
@@ -1370,6 +1383,164 @@ def test_byte_level_flags(folder):
     assert tokens("llama-bpe", "c", add_bos_token=False)[1] == [ids[b"c"]]
     assert tokens("gpt-2", "c", add_space_prefix=True)[1] == [ids[b" "], ids[b"c"]]
     assert tokens("gpt-2", "")[1] == []
+
+
+LETTERS = [*(visible(bytes([b])) for b in range(256)), "ab", "abc"]       # no merge makes abc
+
+
+@pytest.mark.parametrize("pre, tokens", [
+    *((pre, [258, 257, 9, 256, *b"1234"]) for pre in
+      (b"llama-bpe", b"llama3", b"llama-v3", b"falcon3", b"default", None)),
+    (b"smaug-bpe", [256, *b"c", 9, 256, *b"1234"])])
+def test_llama_3_is_known_by_its_vocabulary(pre, tokens):
+    """Without a name: words merged, no BOS. That is right for Smaug, whose words are the same."""
+    tokenizer = vocabulary(LETTERS, "<|begin_of_text|>", pre=pre, bos_token_id=258)
+    assert tokenizer.encode("abc\tab1234", bos=True) == tokens
+    assert tokenizer.patterns == tinyllama.PRETOKENIZERS["llama-bpe"]
+
+
+@pytest.mark.parametrize("pre", [b"default", None])
+def test_a_guess_is_said(pre):
+    """Words cut by a guess, in silence."""
+    with pytest.warns(UserWarning, match="m.gguf .* GPT-2"):
+        tokenizer = vocabulary(LETTERS, "<s>", pre=pre, bos_token_id=258)
+    assert tokenizer.encode("abc", bos=True) == [256, *b"c"]
+
+
+def whole(text, names):
+    """[text, name, text, ...]: the leftmost name, and the longest of those that begin there."""
+    found = [(text.find(name), -len(name), name) for name in names if name in text]
+    if not found:
+        return [text]
+    i, _, name = min(found)
+    return [text[:i], name, *whole(text[i + len(name):], names)]
+
+
+@given(st.lists(st.sampled_from(["<t>", "<t", "t>é", " ", "abca", "<|a|>", "<s>", "b"]))
+       .map("".join))
+def test_user_defined_tokens_are_whole_and_control_tokens_if_asked_for(text):
+    """Names in names, overlaps; a text that becomes a control token, even one of the wrong type."""
+    names = ["<t>", "<t", "t>é", "  ", "abca", "<s>", "<|a|>", "</s>"]
+    tokenizer = vocabulary(LETTERS, *names, types=[4, 4, 4, 4, 4, 3, 4, 4], pre=b"llama-bpe")
+    assert [*tokenizer.special] == names[5:] and tokenizer.ends == {265}
+    for special in (False, True):
+        parts = whole(text, names if special else names[:5])
+        assert tokenizer.encode(text, special=special) == [
+            t for i, part in enumerate(parts)
+            for t in ([258 + names.index(part)] if i % 2 else tokenizer.encode_text(part))]
+    assert tokenizer.decode(tokenizer.encode(text)) == text.encode()
+
+
+def test_where_a_gguf_file_names_no_bos():
+    """A text begun or ended by a comma, token 11. A merge to no piece; a byte without one."""
+    comma, falcon = (vocabulary(LETTERS[32:43], ",", types=[kind], pre=b"gpt-2", merges=[b"! !"])
+                     for kind in (1, 3))
+    assert (comma.bos, comma.ends, comma.encode("a !!")) == (None, set(), [0, 1, 1])
+    assert (falcon.bos, falcon.eos, falcon.ends) == (11, 11, {11})
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. torch's kernel
+# ------------------------------------------------------------------------------------------------
+
+needs_kernel = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="no fast kernel here")
+
+
+def sizes(name, data):
+    """Of each weight scale (n - 8) + offset, what is rounded: |scale (n - 8)| + |offset|. Of more
+    than 4 bits, which are split, at most 16 |scale| more."""
+    w = values(name, data).astype(np.float64)
+    q, d, m, zero = quants = type_of(name).unpack(data.view(type_of(name).dtype))
+    if not tinyllama.planes(quants):
+        return abs(w)
+    offset = np.repeat((8 - zero) * d + (0 if m is None else m), 32, axis=0).T
+    split = 0 if q.dtype == np.uint8 else 16 * np.repeat(abs(d), 32, axis=0).T
+    return abs(w - offset) + abs(offset) + split
+
+
+def check_kernel(path, stored, n_tokens, rng):
+    """bfloat16 is at most 2^-8 off, and rounds up to five times: x; scale and offset; the product
+    and the sum of them, in `widen`; and the result."""
+    matrix = read_matrix(path, *stored, backend="torch")
+    w = np.concatenate([values(*part) for part in stored]).astype(np.float64)
+    off = 1.02 * 2**-8 * np.concatenate([sizes(*part) for part in stored])
+    x = rng.normal(size=(n_tokens, w.shape[1])).astype(np.float32)
+    y = (torch.from_numpy(x).double() @ torch.from_numpy(w).T).numpy()
+    cut = rng.integers(n_tokens)
+    in_two = [matrix(part) for part in (x[:cut], x[cut:]) if len(part)]
+    for found in (matrix(x), np.concatenate(in_two)):
+        assert found.dtype == np.float32 and (abs(found - y) <= 5 * abs(x) @ off.T).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("changes", [{}, {"wide": torch.float32}, {"half": 0}], ids=str)
+@few_examples
+@given(seeds, st.lists(st.tuples(st.sampled_from([*FORMATS, *QUANTIZED]), st.integers(1, 200)),
+                       min_size=1, max_size=3), st.integers(1, 3), st.integers(1, 12),
+       st.booleans())
+def test_torch_matrix(folder, changes, seed, parts, cols, n_tokens, is_few):
+    """In any split into calls. Catches: padding in the result, the halves of a tile swapped."""
+    rng, kernel = np.random.default_rng(seed), tinyllama.find_kernel()._replace(**changes)
+    stored = [(name, random_rows(name, rows, 256 * cols, rng)) for name, rows in parts]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tinyllama, "find_kernel", lambda: kernel)
+        patch.setattr(tinyllama, "MANY_TOKENS", 100 if is_few else 3)
+        patch.setattr(tinyllama, "WIDE_ROWS", 64)
+        check_kernel(folder / "torch", stored, n_tokens, rng)
+
+
+@needs_kernel
+@pytest.mark.parametrize("axis", [0, 1])
+def test_torch_matrix_in_parts(folder, axis):
+    """Catches: a part of Meta's that begins in the middle of a tile, as 65B's output does."""
+    data, path = random_rows("q4_0", 200, 512, np.random.default_rng(0)), folder / "parts"
+    halves = np.split(data, 2, axis=axis)
+    path.write_bytes(b"".join(half.tobytes() for half in halves))
+    sources = (str(path), 0), (str(path), halves[0].nbytes)
+    tensor = tinyllama.Tensor("w", type_of("q4_0"), (200, 512), sources, axis)
+    matrix = tinyllama.BACKENDS["torch"]([tensor], POOLS[2])
+    matrix.read(np.empty(matrix.nbytes, np.uint8))
+    w, off = values("q4_0", data), 2**-7 * sizes("q4_0", data)
+    assert (abs(matrix(np.eye(512, dtype=np.float32)).T - w) <= 5 * off).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("cpu, message", [("avx2", b""), ("default", b"slow on processors")])
+def test_torch_matrix_on_a_lesser_processor(folder, cpu, message):
+    """AVX2 has another layout. With neither there is no point in the kernel."""
+    program = f"""if True:
+        from {Path(__file__).stem} import *
+        rng = np.random.default_rng(0)
+        for n in (1, 99):
+            stored = [("q4_1", random_rows("q4_1", 600, 256, rng))]
+            check_kernel(Path(sys.argv[1]), stored, n, rng)"""
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": cpu}
+    code, _, err = finished("-c", program, folder / cpu, env=env)
+    assert message in err and bool(code) == bool(message), err
+
+
+@needs_kernel
+def test_rows_are_packed_as_torch_packs_them():
+    """So the layout is known, on any processor for which the kernel is fast."""
+    assert tinyllama.find_kernel().half
+    q = np.random.default_rng(0).integers(0, 256, (8, 16, 192), np.uint8)
+    ours, theirs = (tinyllama.pack(q, kernel) for kernel in
+                    (tinyllama.find_kernel(), tinyllama.find_kernel()._replace(half=0)))
+    assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda patch: patch.setitem(sys.modules, "torch", None), "pip install torch"),
+    (lambda patch: patch.delattr(torch, "_weight_int4pack_mm_for_cpu"), "pip install --upgrade"),
+    (lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"),
+     "slow on processors")], ids=["missing", "old", "slow"])
+def test_torch_that_is_no_use(monkeypatch, change, message):
+    """One line says so, and what to do."""
+    tinyllama.find_kernel.cache_clear()
+    change(monkeypatch)
+    with pytest.raises(tinyllama.ModelError, match=f"^backend torch: .*{message}.*backend numpy"):
+        tinyllama.find_kernel()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1432,8 +1603,7 @@ blocks = st.lists(numbers, max_size=32).flatmap(lambda start: st.builds(
 @example(block(3e38, -3e38))
 @example(block(9e-39, -4e-39, 1e-45))
 def test_quantized_blocks_are_those_of_the_description(kind, x):
-    """Byte for byte what a loop over single weights makes; no weight moves by more than d / 2.
-    Catches: halves rounded to even, a scale rounded once more or less, swapped nibbles."""
+    """Byte for byte. Catches: halves rounded to even, a scale rounded once more."""
     quantizer, slow = QUANTIZERS[kind]
     with np.errstate(over="ignore"):
         scales, n = slow(x)
@@ -1459,8 +1629,7 @@ def test_blocks_of_float16_numbers_quantize_to_themselves(kind, raw):
 
 @both_types
 def test_quantizers_take_floats_of_any_shape(kind):
-    """Of any kind, in any order of memory; not NaN, infinity, or half a block. Catches: blocks that
-    run across rows."""
+    """In any order of memory. Catches: blocks that run across rows."""
     quantizer, x = QUANTIZERS[kind][0], np.random.default_rng(0).normal(size=(2, 3, 96))
     x = x.astype(np.float16)
     one_by_one = b"".join(quantizer(row).tobytes() for row in x.reshape(-1, 32))
@@ -1583,8 +1752,7 @@ def test_convert_writes_the_file_byte_for_byte(tmp_path_factory, parts, dtype, f
 
 
 def test_convert_at_the_ends_of_float16(checkpoint):
-    """Rounds to nearest, ties to even, keeps subnormals and -0.0. Catches: a cast that
-    truncates."""
+    """Ties to even, subnormals, -0.0. Catches: a cast that truncates."""
     ends = torch.tensor([65519.9, -65519.9, 2.0**-24, 2.0**-25, 1 + 2.0**-11, -0.0])
     change_weights(lambda w: w[WK][:, :6].copy_(ends))(checkpoint)
     assert convert.main([str(checkpoint)]) == 0
@@ -1611,6 +1779,101 @@ def test_convert_needs_no_memory_for_the_file(ftype, tmp_path, monkeypatch, caps
     before = memory()
     assert convert.main([str(folder), ftype]) == 0
     assert len(used) == len(shapes) and max(used) - before < 40 << 20
+
+
+HF_NAMES = {
+    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm"}
+CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96,
+          "num_hidden_layers": 2, "num_attention_heads": 8, "rms_norm_eps": 1e-6}
+DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+EMBEDDING, Q = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
+
+
+def hf_name(name):
+    """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight"""
+    return "model." * name.startswith("layers") + name.replace(short(name), HF_NAMES[short(name)])
+
+
+def hf_weights(weights):
+    """Meta's weights in Hugging Face's words; of each head of wq and wk first the even rows."""
+    def reordered(w):
+        return torch.cat([part for head in w.split(8) for part in (head[0::2], head[1::2])])
+
+    return {hf_name(name): reordered(w) if ".wq." in name or ".wk." in name else w
+            for name, w in weights.items() if name != "rope.freqs"}
+
+
+def pack_safetensors(tensors, change=lambda table: None):
+    """A safetensors file; `change` changes its table, or makes another one of it."""
+    table, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, w in tensors.items():
+        raw = bytes(w.contiguous().view(torch.uint8).numpy())
+        table[name] = {"dtype": DTYPES[w.dtype], "shape": [*w.shape],
+                       "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = change(table) or json.dumps(table).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def write_folder(folder, weights, files=1, pickles=False, tokenizer=None, **config):
+    """A Hugging Face folder; the tensors are dealt to some files, in an order of their own."""
+    folder.mkdir(exist_ok=True)
+    stem, end = ("pytorch_model", "bin") if pickles else ("model", "safetensors")
+    places = {}
+    for i in range(files):
+        name = f"{stem}-{i + 1:05}-of-{files:05}.{end}" if files > 1 else f"{stem}.{end}"
+        some = dict([*weights.items()][::-1][i::files])
+        if pickles:
+            torch.save(some, folder / name)
+        else:
+            (folder / name).write_bytes(pack_safetensors(some))
+        places.update(dict.fromkeys(some, name))
+    if files > 1:
+        (folder / f"{stem}.{end}.index.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    (folder / "tokenizer.model").write_bytes(tokenizer or train())
+    return folder
+
+
+@few_examples
+@given(seeds, st.sampled_from([(2, 2), (4, 4), (4, 2), (6, 1)]), st.sampled_from([4, 10]),
+       st.booleans(), st.integers(1, 3), st.booleans())
+def test_a_hugging_face_folder_computes_the_same(tmp_path_factory, seed, heads, head_dim, tied,
+                                                 files, pickles):
+    """By torch. Catches: rows of wq and wk in a wrong order, w1 taken for w3."""
+    n_heads, n_kv_heads = heads
+    tiny = tiny_model(seed, n_layers=2, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim,
+                      ffn_dim=24, pieces=[b""] * 560)
+    w, tokens = tiny.weights(), [1, *np.random.default_rng(seed).integers(0, 560, 9).tolist()]
+    if tied:
+        w["output.weight"] = w["tok_embeddings.weight"]
+    folder = write_folder(
+        tmp_path_factory.mktemp("hf"), {hf_name(name): x.float() for name, x in w.items()
+                                        if not tied or name != "output.weight"},
+        files, pickles, hidden_size=tiny.dim, intermediate_size=24, head_dim=head_dim,
+        num_attention_heads=n_heads, num_key_value_heads=n_kv_heads, tie_word_embeddings=tied)
+    assert convert.main([str(folder), "0"]) == 0
+    found = logits(load(folder / "ggml-model-f32.bin"), tokens)
+    check(found, tiny.reference(tokens, weights=w, halves=True), LOOSE)
+
+
+@few_examples
+@given(dtype=st.sampled_from([*DTYPES]), ftype=st.sampled_from([0, 1]), pickles=st.booleans(),
+       files=st.integers(1, 3), kv_heads=st.sampled_from([8, 4]), seed=st.integers(0, 9))
+def test_both_layouts_become_the_same_file(tmp_path_factory, dtype, ftype, pickles, files, kv_heads,
+                                           seed):
+    """Catches: tensors in another order, a rounding of its own, a word of config.json mistaken."""
+    weights, folder = make_weights(dtype, kv_heads, seed=seed), tmp_path_factory.mktemp("layouts")
+    meta = write_checkpoint(folder / "7B", weights, multiple_of=256)
+    hf = write_folder(folder / "hf", hf_weights(weights), files, pickles)
+    assert convert.main([str(hf), str(ftype)]) == 0
+    path = hf / f"ggml-model-{'f16' if ftype else 'f32'}.bin"
+    assert path.read_bytes() == expected_file(meta, 0, ftype)
 
 
 # ================================================================================================
@@ -1659,17 +1922,12 @@ def test_damaged_ggml_files_are_refused(folder):
         return pack_ggml(model, {name: ggml_tensor_header(name, type_id, *sizes) + data})
 
     check_refusals(folder / "bad.bin", [
-        (pack_ggml(tiny), LOADED),
-        (b"", "empty"),
-        (b"ggu", "not a model"),
-        (LFS, "Git LFS"),
-        (b"\n<!DOCTYPE html>404", "web page"),
-        (b"PK\3\4" + bytes(99), "torch checkpoint"),
+        (pack_ggml(tiny), LOADED), (b"", "empty"), (b"ggu", "not a model"), (LFS, "Git LFS"),
+        (b"\n<!DOCTYPE html>404", "web page"), (b"PK\3\4" + bytes(99), "torch checkpoint"),
         (struct.pack("<Q", 9) + b'{"a": {}}', "safetensors"),
         (pack_ggml(tiny, magic=0x67676D66), "of April"),
         (pack_ggml(tiny, magic=0x67676A74), "of April"),
-        (pack_ggml(tiny, ftype=4), "ftype 4"),
-        (pack_ggml(tiny, n_vocab=4), "dimensions"),
+        (pack_ggml(tiny, ftype=4), "ftype 4"), (pack_ggml(tiny, n_vocab=4), "dimensions"),
         *((pack_ggml(tiny, **changes), "impossible header") for changes in (
             {"n_vocab": 1 << 30}, {"n_vocab": -1}, {"n_layers": 1 << 30}, {"n_layers": 0},
             {"n_heads": 0}, {"rot": 4}, {"dim": 3, "rot": 3})),
@@ -1693,8 +1951,7 @@ def test_damaged_ggml_files_are_refused(folder):
         (replaced(WQ, 0, 2, 2, data=bytes(12) + nan), "NaN"),
         (replaced(WQ, 1, 2, 2, data=bytes(6) + b"\0\x7c"), "NaN"),
         (replaced(WQ, 2, 32, 32, data=bytes(31 * 20) + infinity + bytes(16), model=q4_0), "NaN"),
-        (pack_ggml(tiny_model(0, n_heads=4, n_kv_heads=3)), "heads"),
-    ])
+        (pack_ggml(tiny_model(0, n_heads=4, n_kv_heads=3)), "heads")])
     assert told("folder", refusal(folder)) and told("No such file", refusal(folder / "nothing.bin"))
 
 
@@ -1738,17 +1995,15 @@ def test_damaged_gguf_files_are_refused(folder):
     def with_offset(offset):
         return good[:last] + struct.pack("<Q", offset) + good[last + 8:]
 
+    huge = struct.pack("<Q", 1 << 40)
     check_refusals(folder / "bad.gguf", [
-        (good, LOADED),
-        (pack_gguf(even[0], [halved(*t) for t in even[1]]), "shape"),
+        (good, LOADED), (pack_gguf(even[0], [halved(*t) for t in even[1]]), "shape"),
         (good.replace(b"GGUF\3", b"GGUF\1"), "version 1"),
-        (good[:8] + struct.pack("<Q", 1 << 40) + good[16:], "1099511627776 tensors"),
-        (good[:16] + struct.pack("<Q", 1 << 40) + good[24:], "1099511627776 metadata"),
+        (good[:8] + huge + good[16:], "1099511627776 tensors"),
+        (good[:16] + huge + good[24:], "1099511627776 metadata"),
         (b"GGUF\0\0\0\3" + good[8:], "version 50331648 ... little-endian"),
-        (good[:-33], "cut short"),
-        (good + bytes(32), "after the last tensor"),
-        (with_offset(0), "overlaps"),
-        (with_offset(32 * len(tensors) - 28), "aligned to 32"),
+        (good[:-33], "cut short"), (good + bytes(32), "after the last tensor"),
+        (with_offset(0), "overlaps"), (with_offset(32 * len(tensors) - 28), "aligned to 32"),
         (with_offset((1 << 64) - 32), "cut short"),
         (pack_gguf(metadata, [*tensors, tensors[3]]), "twice"),
         (pack_gguf(metadata, [*tensors, ("extra", 0, (1,), bytes(4))]), "'extra'"),
@@ -1760,15 +2015,14 @@ def test_damaged_gguf_files_are_refused(folder):
         (replaced(q, 0, (2, 0), b""), "impossible shape"),
         (replaced(q, 0, (2, 1 << 62), bytes(16)), "cut short"),
         (replaced(q, 8, (2, 2), bytes(68)), "blocks of 32"),
-        (replaced(q, 11, (2, 2), bytes(16)), "not supported"),
-        (replaced(q, 20, (2, 2), bytes(16)), "not supported"),
+        *((replaced(q, kind, (2, 2), bytes(16)), f"{kind} ... not supported"[-13:])
+          for kind in (11, 20)),
         (replaced(q, 99, (2, 2), bytes(16)), "type 99 ... not supported"),
         (replaced(q, 30, (2, 2), b"\x80\x7f" * 4), "NaN"),
         (good.replace(model_key, gguf_string(b"tokenizer.ggml.m\xff")), "UTF-8"),
         (pack_gguf({**metadata, "nested": [[1], [2]]}, tensors), "'nested'"),
         (good.replace(layers_key + b"\4", layers_key + b"\15"), "type 13"),
-        (good.replace(model_key, gguf_string("general.architecture")), "twice"),
-    ])
+        (good.replace(model_key, gguf_string("general.architecture")), "twice")])
 
 
 BAD_METADATA = {      # by key: values that are refused with the end of the key, or a reason
@@ -1835,8 +2089,7 @@ def test_a_file_cut_short_anywhere_is_refused(folder, container):
 @many_examples
 @given(st.data())
 def test_a_damaged_file_is_refused_or_computes(folder, container, data):
-    """Whatever bytes are changed: ModelError, or a model that computes. Catches: another exception,
-    a loop or memory without end."""
+    """Catches: another exception than ModelError, a loop or memory without end."""
     raw, path = bytearray(CONTAINERS[container]()), folder / "mutated.bin"
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
@@ -1903,9 +2156,9 @@ def piece(text, score):
     return b"\x0a" + bytes([len(body)]) + body
 
 
-REFUSALS = {      # damage to a checkpoint, and the reason that convert.py tells
-    "no folder": (shutil.rmtree, "7B: No such file"),
-    "no part": (put(PTH, None), "7B: ... consolidated.00.pth"),
+REFUSALS = {      # damage to Meta's layout, and the reason that convert.py tells
+    "no folder": (shutil.rmtree, "x: No such file"),
+    "no part": (put(PTH, None), "x: ... consolidated.00.pth ... model.safetensors"),
     "part 01 missing": (lambda d: shutil.copy(d / PTH, d / "consolidated.02.pth"),
                         "consolidated.01.pth is missing"),
     "part too few": (lambda d: os.remove(other_second_part(d)), "00.pth: one of 2 parts ... are 1"),
@@ -1914,10 +2167,8 @@ REFUSALS = {      # damage to a checkpoint, and the reason that convert.py tells
     "part of another model": (other_second_part, "01.pth: ... 'F': 32 ... 'F': 96"),
     "Llama 3": (put(TOKENIZER, b"IQ== 0\nIg== 1\n"), "tokenizer.model: ... tiktoken"),
     "no params": (put("params.json", None), "params.json: No such file"),
-    "params not JSON": (put("params.json", b'{"dim": 64,'), "params.json: not a JSON object"),
-    "params not UTF-8": (put("params.json", b'{"\xff": 64}'), "params.json: not a JSON object"),
-    "params too deep": (put("params.json", b"[" * 100_000), "params.json: not a JSON object"),
-    "params a list": (put("params.json", b"[64]"), "params.json: not a JSON object"),
+    **{f"params {text[:9]!r}": (put("params.json", text), "params.json: not a JSON object")
+       for text in (b'{"dim": 64,', b'{"\xff": 64}', b"[" * 100_000, b"[64]")},
     **{f"no {key}": (params(**{key: ...}), f"'{key}' is missing")
        for key in ("dim", "n_heads", "n_layers")},
     **{f"dim {value!r}": (params(dim=value), f"'dim' is {value!r}")
@@ -1928,15 +2179,14 @@ REFUSALS = {      # damage to a checkpoint, and the reason that convert.py tells
     "other dim": (params(dim=128), "'norm.weight' ... [64] ... [128]"),
     "other n_layers": (params(n_layers=3), "'layers.2. ... is missing"),
     "other n_kv_heads": (params(n_kv_heads=4), "wk.weight' ... [64, 64] ... [32, 64]"),
-    "no tokenizer": (put(TOKENIZER, None), "tokenizer.model ... 7B/tokenizer.model"),
+    "no tokenizer": (put(TOKENIZER, None), "tokenizer.model ... x/tokenizer.model"),
     "tokenizer cut short": (put(TOKENIZER, lambda data: data[:-9]), "tokenizer.model: ... piece"),
     "tokenizer a pointer": (put(TOKENIZER, LFS), "tokenizer.model: ... Git LFS"),
     "another tokenizer": (put(TOKENIZER, lambda data: data + piece("more", -99)), "560 ... 561"),
     "pth cut short": (put(PTH, lambda data: data[:-200]), "00.pth: ... cut short"),
     "pth cut in half": (put(PTH, lambda data: data[:len(data) // 2]), "00.pth: ... cut short"),
     "old pth cut short": (old_cut_short, "00.pth:"),       # torch 2.3 refuses it, 2.13 finds damage
-    "pth empty": (put(PTH, b""), "00.pth: empty"),
-    "pth a pointer": (put(PTH, LFS), "00.pth: ... Git LFS"),
+    "pth empty": (put(PTH, b""), "00.pth: empty"), "pth a pointer": (put(PTH, LFS), "Git LFS"),
     "pth a web page": (put(PTH, b"\n<!DOCTYPE html>404"), "00.pth: a web page"),
     "pth of noise": (put(PTH, bytes(range(200))), "00.pth: refused"),
     "pth runs code": (change_weights(lambda w: {**w, NORM: Evil()}), "00.pth: refused ... mkdir"),
@@ -1950,23 +2200,121 @@ REFUSALS = {      # damage to a checkpoint, and the reason that convert.py tells
     "tensor missing": (change_weights(lambda w: w.update({"norms": w.pop(NORM)})), "is missing"),
     "other shape": (change_weights(lambda w: {**w, NORM: torch.ones(63)}), "[63] ... [64]"),
     **{f"{n} rows of keys": (few_keys(n), f"8 ... heads ... {n} rows") for n in (4, 24)},
-    "beyond float16": (change_weights(lambda w: w[WK][3:5].fill_(-65520.0)), f"'{WK}' ... float16 cannot hold"),
-    "NaN": (change_weights(lambda w: w[NORM][5:7].fill_(math.nan)), "'norm.weight' has NaN"),
-}
+    "beyond float16": (change_weights(lambda w: w[WK][3:5].fill_(-65520.0)),
+                       f"'{WK}' ... float16 cannot hold"),
+    "NaN": (change_weights(lambda w: w[NORM][5:7].fill_(math.nan)), "'norm.weight' has NaN")}
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_convert_refuses_in_one_line(name, checkpoint, capfd, monkeypatch):
-    """Catches: a pickle that runs, a traceback, a file that is left half-written."""
-    damage, reason = REFUSALS[name]
-    monkeypatch.chdir(checkpoint.parent)
-    damage(checkpoint)
-    assert convert.main(["7B", "1"]) == 1
+def config(**changes):
+    return put("config.json", json.dumps({**CONFIG, **changes}).encode())
+
+
+SAFE, Q = "model.safetensors", hf_name(WQ)
+
+
+def table(change):
+    return put("model.safetensors", pack_safetensors(hf_weights(make_weights()), change))
+
+
+def entry(**changes):
+    return table(lambda table: table[Q].update(changes))
+
+
+def without(name, files=1, **changes):
+    weights = {key: w for key, w in hf_weights(make_weights()).items() if key != name}
+    return lambda folder: write_folder(folder, weights, files, **changes)
+
+
+def lost_shard(folder):
+    os.remove(folder / "model.safetensors")
+    os.remove(without("", 3)(folder) / "model-00002-of-00003.safetensors")
+
+
+def only_tokenizer_json(folder):
+    shutil.move(folder / "tokenizer.model", folder.parent)              # it is another model's
+    (folder / "tokenizer.json").write_text("{}")
+
+
+HF_REFUSALS = {   # the same for Hugging Face's layout
+    **{f"{key} {value}": (config(**{key: value}), f"config.json: '{key}' {reason}")
+       for key, value, reason in (
+        ("model_type", "gemma", "... gemma ... 'llama'"), ("model_type", None, "... None"),
+        ("hidden_act", "gelu", "... silu"), ("attention_bias", True, "is True"),
+        ("mlp_bias", True, "is True"), ("partial_rotary_factor", 0.5, "is 0.5"),
+        ("quantization_config", {"bits": 4}, "... bits"), ("hidden_size", None, "is missing"),
+        ("hidden_size", "64", "... whole"), ("rms_norm_eps", 0, "... positive"),
+        ("num_hidden_layers", 1 << 30, "... whole"))},
+    "scaled RoPE": (config(rope_scaling={"type": "linear", "factor": 2}), "'type' ... linear"),
+    "newer RoPE": (config(rope_parameters={"rope_type": "llama3"}), "'rope_type' ... llama3"),
+    "RoPE a list": (config(rope_scaling=[2]), "config.json: 'rope_type' is [2]"),
+    "odd heads": (config(hidden_size=72), "config.json: hidden_size 72 ... 8 heads"),
+    "wide heads": (config(head_dim=16), "config.json: hidden_size 64 ... 8 heads of 16"),
+    "other sizes": (config(intermediate_size=128), "w1 ... [96, 64] ... [128, 64]"),
+    "no weights": (put(SAFE, None), "x: ... no model.safetensors ... pytorch_model.bin"),
+    "no embedding": (without(EMBEDDING, tie_word_embeddings=True),
+                     "tok_embeddings.weight' is missing"),
+    "not tied": (without("lm_head.weight"), "output.weight' is missing"),
+    "lost shard": (lost_shard, "model-00002-of-00003.safetensors: No such file"),
+    "other vocabulary": (put("tokenizer.model", lambda model: model + piece("more", -99)),
+                         "560 rows ... x/tokenizer.model 561 tokens ... another"),
+    "byte-level BPE": (only_tokenizer_json, "tried x/tokenizer.model ... tokenizer.json ... GGUF"),
+    "LFS": (put(SAFE, LFS), "Git LFS pointer"), "empty": (put(SAFE, b""), "empty"),
+    "web page": (put(SAFE, b"<!DOCTYPE html>404"), "web page"),
+    "short": (put(SAFE, b"{}"), "in a file of 2"),
+    "long JSON": (put(SAFE, struct.pack("<Q", 1 << 62) + b"{}"), f"{1 << 62} bytes"),
+    **{f"JSON {text[:2]}": (table(lambda _, text=text: text), "not JSON")
+       for text in (b"{]", b"[" * 100_000, b"[1]")},
+    "a number": (table(lambda table: table.update({Q: 7})), f"'{Q}'"),
+    "integers": (entry(dtype="I16"), f"'{Q}' is 'I16' ... BF16"),
+    "wider": (entry(dtype="F32"), f"'{Q}', F32 [64, 64], cannot be"),
+    "overlap": (entry(data_offsets=[0, 8192]), f"'{EMBEDDING}' ... cannot be"),
+    "backwards": (entry(data_offsets=[8192, 0]), "cannot be"),
+    "gap": (table(lambda table: table.pop(Q) and None), "cannot be"),
+    "tail": (table(lambda table: table.popitem() and None), "128 bytes after the tensors"),
+    **{f"shape {shape}": (entry(shape=shape), f"'{Q}'") for shape in (
+        [], [0, 64], [-64, -64], [64.0, 64], [True, 4096], [1, 64, 64], "64", None)},
+    "unprintable": (table(lambda table: table.update({"a\nb": table.pop(Q)})), "'a\\nb'"),
+    "Meta's name": (table(lambda t: t.update({"norm.weight": t.pop("model.norm.weight")})),
+                    "'norm.weight' is no tensor")}
+
+
+@pytest.mark.parametrize("hf, name", [*((False, name) for name in REFUSALS),
+                                      *((True, name) for name in HF_REFUSALS)])
+def test_convert_refuses_in_one_line(hf, name, tmp_path, capfd, monkeypatch):
+    """Catches: a pickle that runs, a number that is believed, a file left half-written."""
+    damage, reason = (HF_REFUSALS if hf else REFUSALS)[name]
+    monkeypatch.chdir(tmp_path)
+    weights, path = make_weights(), tmp_path / "x"
+    damage(write_folder(path, hf_weights(weights)) if hf else write_checkpoint(path, weights))
+    assert convert.main(["x", "1"]) == 1
     line = capfd.readouterr().err
     assert line.startswith("error: ") and line.index("\n") == len(line) - 1 < 400
-    assert told(reason, line)
-    whole_parts = ["7B/ggml-model-f16.bin"] if name == "part of another model" else []
+    assert told(reason, line), line
+    whole_parts = ["x/ggml-model-f16.bin"] if name == "part of another model" else []
     assert [str(path) for glob in ("ggml*", "evil*") for path in Path().rglob(glob)] == whole_parts
+
+
+SMALL_FILE = pack_safetensors(hf_weights(make_weights()))
+changes = st.tuples(st.integers(0, 9) | st.integers(0, SMALL_FILE.index(b"}}") + 1),
+                    st.integers(0, 255) | st.sampled_from(b'0123456789-., []{}":'))
+
+
+@settings(max_examples=2 * EXAMPLES)
+@given(st.lists(changes, max_size=2), st.just(len(SMALL_FILE)) | st.integers(0, len(SMALL_FILE)),
+       st.binary(max_size=2))
+def test_damaged_safetensors_files_are_refused_or_right(tmp_path_factory, changes, end, tail):
+    """Catches: numbers of the table that are taken without a look at the others."""
+    damaged = bytearray(SMALL_FILE)
+    for place, byte in changes:
+        damaged[place] = byte
+    folder, found = write_folder(tmp_path_factory.mktemp("hf"), {}), []
+    for data in (SMALL_FILE, damaged[:end] + tail):
+        (folder / SAFE).write_bytes(data)
+        found.append((convert.main([str(folder), "--force"]),
+                      [path.read_bytes() for path in folder.glob("ggml*")]))
+        for path in folder.glob("ggml*"):
+            path.unlink()
+    assert found[0][0] == 0 and found[1] in ((1, []), found[0])
 
 
 def everything(path):
@@ -2095,8 +2443,7 @@ def test_stdout_is_the_prompt_and_the_text(run, story):
 
 
 def test_characters_are_printed_whole(run, story, monkeypatch):
-    """Each byte is a token here; a character that stays half in the end is marked. Catches: a
-    character written in halves."""
+    """Each byte is a token here. Catches: a character written in halves."""
     pieces = []
     recorder = type("Recorder", (io.StringIO,), {"write": lambda self, text: pieces.append(text)})
     monkeypatch.setattr("sys.stdout", recorder())
@@ -2111,10 +2458,13 @@ def test_characters_are_printed_whole(run, story, monkeypatch):
 
 
 def test_prompts_from_files(run, story, folder):
-    """-f comes after -p, and loses one newline at its end. Catches: a file that must be UTF-8."""
+    """-f comes after -p. Catches: UTF-16, a byte order mark, CRLF that become part of the text."""
     path = folder / "prompt.txt"
-    for content, prompt in ((b"x a\n", "x a"), (b"a\n\n", "a\n"), (b"\xff a\r\n", "\ufffd a"),
-                            (b"", "")):
+    for content, prompt in (
+            (b"x a\n", "x a"), (b"a\n\n", "a\n"), (b"\xff a\r\n", "\ufffd a"), (b"", ""),
+            (b"\xef\xbb\xbfa\r\nb\r\n", "a\nb"), (b"a\rb", "a\rb"),
+            ("\ufeffé\r\na".encode("utf-16-le"), "é\na"),
+            ("\ufeffé\na\n".encode("utf-16-be"), "é\na")):
         path.write_bytes(content)
         assert run("-m", story, "-f", path, "-n", 0)[1] == prompt + "\n"
         assert run("-m", story, "-f", path, "-p", "é", "-n", 0)[1] == "é" + prompt + "\n"
@@ -2138,36 +2488,52 @@ BAD_VALUES = {"-t": "0 1.5", "-c": "0 -1", "-b": "0", "-n": "-2", "-s": "-2", "-
               "--repeat-penalty": "0 -1 inf", "--norm-eps": "-1 2", "--rope-freq-base": "0 inf"}
 
 
-@pytest.mark.parametrize("words", [["--nonsense"], ["positional"], ["-m"], ["--top"], *(
-    [flag, value] for flag, values in BAD_VALUES.items()
-    for value in [*values.split(), "x", "nan", ""])])
-def test_wrong_usage_exits_with_2(words, capsys):
-    with pytest.raises(SystemExit) as exit:
+@pytest.mark.parametrize("words, reason", [
+    *(([flag, value], flag) for flag, some in BAD_VALUES.items()
+      for value in [*some.split(), "x", "nan", ""]),
+    *((words.split(), reason) for words, reason in (
+        *((words, "unrecognized arguments") for words in (
+            "-ngl 0", "-ins", "-cnv", "-ngl99", "--nonsense", "positional", "--top")),
+        *((words, "does nothing here ... --chat") for words in (
+            "--system x", "-i --chat-template x")),
+        *((words, "does nothing here") for words in (
+            "--chat --keep 1", "--chat --special", "--chat --interactive-start", "--keep 1",
+            "--bench -p x", "--perplexity -i", "--explain --chat", "--perplexity -n 5")),
+        ("-r=", "an empty text"), ("-p", "expected one argument"), ("-m", "expected one argument"),
+        ("--backend x", "invalid choice")))])
+def test_wrong_usage_exits_with_2(words, reason, capsys):
+    """Catches: a flag that does nothing, taken in silence; llama.cpp's -ngl taken for -n."""
+    with pytest.raises(SystemExit, match="^2$"):
         tinyllama.main(words)
     out, err = capsys.readouterr()
-    assert exit.value.code == 2 and out == "" and "usage" in err
-    assert len(words) == 1 or words[0] in err
+    assert out == "" and "usage" in err and told(reason, err.splitlines()[-1])
 
 
 def test_flags_of_2023_in_both_spellings():
-    """Underscores and hyphens mean the same; a text that looks like a flag stays as it is."""
+    """Catches: a prompt "---" that is refused, a default that is not the documented one."""
     def parsed(*words):
         return vars(tinyllama.arguments([*words])).items()
 
     defaults = {"n_predict": 128, "ctx_size": None, "batch_size": 512, "seed": -1, "norm_eps": 1e-6,
                 "threads": os.cpu_count(), "rope_freq_base": 1e4, "top_k": 40, "top_p": 0.95,
-                "temp": 0.8, "repeat_last_n": 64, "repeat_penalty": 1.1}
+                "min_p": 0, "temp": 0.8, "repeat_last_n": 64, "repeat_penalty": 1.1,
+                "backend": "numpy", "ignore_eos": False}
     assert parsed() >= defaults.items()
     values = {"n_predict": 3, "ctx_size": 40, "batch_size": 2, "seed": 9, "threads": 2,
               "model": "a_b", "prompt": "c_d", "file": "e_f"}
-    assert parsed(*"-n 3 -c 40 -b 2 -s 9 -t 2 -m a_b -p c_d -f e_f".split()) >= values.items()
-    values |= {"top_k": 5, "top_p": 0.5, "repeat_last_n": 6, "repeat_penalty": 1.5, "temp": 0.25,
-               "norm_eps": 0.5}
+    assert parsed(*"-n3 -c 40 -b=2 -s 9 -t 2 -m a_b -p c_d -f e_f".split()) >= values.items()
+    values |= {"top_k": 5, "top_p": 0.5, "min_p": 0.1, "repeat_last_n": 6, "repeat_penalty": 1.5,
+               "temp": 0.25, "norm_eps": 0.5}
     for hyphen in "_-":
         flags = {"--" + name.replace("_", hyphen): str(value) for name, value in values.items()}
         assert parsed(*itertools.chain(*flags.items())) >= values.items()
         assert parsed(*(f"{flag}={value}" for flag, value in flags.items())) >= values.items()
-    assert parsed("-p", "--top_k is a flag") >= {"prompt": "--top_k is a flag"}.items()
+    for text in ("--top_k is a flag", "---", "-foo", "-n", "", "a=b"):
+        found = dict(parsed("-p", text, "-r", f"{text}. "))
+        assert (found["prompt"], found["reverse_prompt"]) == (text, [f"{text}."])
+    found = dict(parsed("-e", "-p", r"a\n\\n\é", "--chat", "--system", r"\t", "-r", r"\nx"))
+    assert (found["prompt"], found["system"], found["n_predict"]) == ("a\n\\n\\é", "\t", -1)
+    assert found["reverse_prompt"] == ["\nx"]
 
 
 def test_flags_reach_the_model(run, folder):
@@ -2211,12 +2577,45 @@ def test_errors_are_one_line(run, folder, story):
         assert err.splitlines()[-1] == f"error: {model}: {message}"
 
 
-def test_a_process_reads_and_writes_any_bytes(story):
-    """-f - is stdin. Catches: a stdout of ASCII that fails."""
-    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    words = "tinyllama.py", "-m", story, *GREEDY, "-p", "größer: ", "-f", "-"
-    code, out, err = finished(*words, typed=b"a\n", env=ascii_only)
-    assert (code, out) == (0, b"gr??er: abc??\n") and b"Traceback" not in err
+def test_a_slow_generation_names_the_fast_backend(capsys, monkeypatch):
+    """On a terminal, where torch is there and numpy took more than a fifth of a second a token."""
+    for seconds, terminal, backend, hint in (
+            (9, True, "numpy", True), (1, True, "numpy", False), (9, False, "numpy", False),
+            (9, True, "torch", False)):
+        timings = tinyllama.Timings()
+        timings.seconds["predict"], timings.tokens["predict"] = seconds, 10
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+        args = tinyllama.arguments([])
+        args.backend = backend
+        tinyllama.log_timings(args, 1.0, 2.0, timings)
+        assert ("--backend torch" in capsys.readouterr().err) == hint
+
+
+@pytest.mark.parametrize("words, typed, env, out, note", [
+    (["-f", "-", "-p", "größer: "], b"a\n", {"PYTHONIOENCODING": "ascii"}, b"gr??er: abc??\n", ""),
+    (["-p", "é", "-n", 0], None, {"LC_ALL": "C"}, "é\n".encode(), "prompt: 4 tokens"),
+    ([], b"x a\n", {}, "x abc🦙é\n".encode(), "prompt: 5 tokens"),
+    (["-p", "a"], b"b\n", {}, "abc🦙é\n".encode(), "standard input is not read"),
+    (["-i", "-n", 0], b"\xff\n", {"LC_ALL": "C"}, b"\n", "-n 0 ends the answer")])
+def test_a_process_reads_and_writes_any_bytes(story, words, typed, env, out, note):
+    """-f - is stdin, and so is a pipe without -p. Catches: bytes that are not UTF-8 and end a
+    conversation, a stdout of ASCII that fails, a text that is ignored in silence."""
+    words = "tinyllama.py", "-m", story, *GREEDY, *words
+    code, shown, err = finished(*words, typed=typed, env={**os.environ, **env})
+    assert (code, shown) == (0, out) and told(note, err.decode()) and b"Traceback" not in err
+
+
+@pytest.mark.parametrize("closed, words, code", [
+    (0, ["-p", "a"], 0), (0, ["-i"], 0), (1, ["-p", "a"], 0), (2, ["-p", "a"], 0),
+    (2, ["--nonsense"], 2), (2, ["-m", "nothing.bin"], 1)])
+def test_a_closed_stream_is_no_error(story, closed, words, code):
+    """As by 2>&-. Catches: a traceback, a line of stderr on stdout, the model opened as stdout."""
+    stub = ("import os, sys; os.close(int(sys.argv[1])); "
+            "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])")
+    words = "-c", stub, closed, "tinyllama.py", "-m", story, *GREEDY, *words
+    found, out, err = finished(*words)
+    assert found == code and b"Traceback" not in err
+    assert out == ("abc🦙é\n".encode() if "-p" in words and closed != 1 else b"")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -2247,25 +2646,8 @@ def test_numpy_imported_first_is_told(story):
         assert code == 0 and (b"OPENBLAS_NUM_THREADS" in err) == warned
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_killed_writer_leaves_no_half_file(tmp_path):
-    """The name keeps the old file. The next writer removes what was left, but not another
-    part's."""
-    path, other = tmp_path / "model.bin", tmp_path / "model.bin.1.77.tmp"
-    path.write_bytes(b"old")
-    other.write_bytes(b"another part's")
-    program = ("import os, signal, sys, tinyllama\nwith tinyllama.replacing(sys.argv[1]) as f:\n"
-               "    f.write(bytes(1 << 20))\n    os.kill(os.getpid(), signal.SIGKILL)")
-    code, *_ = finished("-c", program, path)
-    assert code == -signal.SIGKILL
-    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 3
-    with tinyllama.replacing(path) as f:
-        f.write(b"new")
-    assert path.read_bytes() == b"new" and sorted(tmp_path.iterdir()) == [path, other]
-
-
 # ------------------------------------------------------------------------------------------------
-# Conversations
+# Conversations in plain text
 # ------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
@@ -2277,16 +2659,37 @@ def alphabet(folder):
 def type_lines(monkeypatch):
     """Let the user type these lines, then Ctrl-D."""
     def call(*lines):
-        left = iter(lines)
+        left = iter([*lines, EOFError])
 
         def read(_):
-            try:
-                return next(left)
-            except StopIteration:
-                raise EOFError from None
+            line = next(left)
+            if line is EOFError:
+                raise EOFError
+            return line
 
         monkeypatch.setattr("builtins.input", read)
     return call
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """What the model reads: for each forward pass, the position and the tokens."""
+    found, forward = [], tinyllama.forward
+
+    def record(model, tokens, cache):
+        found.append((cache.length, list(tokens)))
+        return forward(model, tokens, cache)
+
+    monkeypatch.setattr(tinyllama, "forward", record)
+    return found
+
+
+def text_read(passes):
+    tokens = []
+    for start, new in passes:
+        assert start <= len(tokens)
+        tokens[start:] = new
+    return tokens
 
 
 def test_turns_change_at_a_reverse_prompt_of_several_tokens(run, alphabet, type_lines):
@@ -2306,7 +2709,29 @@ def test_a_conversation_outgrows_the_context(run, alphabet, type_lines):
     assert (code, out) == (0, ("abcdefgh\n" * 7)[:61] + "\n") and err.count("are forgotten") == 7
     type_lines("b" * 16, "b")                             # too much to say at a time, and then not
     code, out, err = run("-m", alphabet, "--interactive-start", "-p", "a", "-n", 2, "-c", 16)
-    assert (code, out) == (0, "a\nab\n") and told("too many tokens ... 16", err)
+    assert (code, out) == (0, "a\nab\n") and told("too many ... 16", err)
+
+
+def test_bos_is_never_forgotten(run, alphabet, type_lines, passes):
+    """Catches: a full context that drops BOS with the rest of the beginning."""
+    type_lines()
+    err = run("-m", alphabet, "-i", "-p", "a", "-n", 60, "-c", 16)[2]
+    assert text_read(passes)[0] == 1 and min(start for start, _ in passes[1:]) == 1
+    again = sum(start == 1 for start, _ in passes)
+    assert err.count("after the first 1 are forgotten") == again > 4
+
+
+def test_a_reverse_prompt_stops_before_the_model_speaks_for_the_user(
+        run, folder, type_lines, passes):
+    """The space at its end belongs to the model's next word. Catches: "User: Hi" in one turn."""
+    path = chain_model(folder / "user.bin", "\nabUser: Hi")
+    type_lines()
+    assert run("-m", path, "-p", "a", "-r", "User: ")[1] == "abUser:\n"
+    for prompt in ("User:", "User: "):                    # it ends so: the user begins
+        passes.clear()
+        type_lines("z")
+        assert run("-m", path, "-p", prompt, "-r", "User: ", "-n", 2)[1] == f"{prompt}\nab\n"
+        assert text_read(passes) == [1, *(3 + b for b in b" User: z\na")]
 
 
 def test_a_prompt_of_one_token_without_bos_is_a_prompt(run, folder, type_lines):
@@ -2317,10 +2742,329 @@ def test_a_prompt_of_one_token_without_bos_is_a_prompt(run, folder, type_lines):
     assert run("-m", path, "-i", "-p", "a")[:2] == (0, "abc\n")
 
 
-def test_chat_needs_a_known_format(run, folder, alphabet):
-    code, out, err = run("-m", alphabet, "--chat")
-    assert (code, out) == (1, "") and err.splitlines()[-1].startswith("error: --chat: ")
+# ------------------------------------------------------------------------------------------------
+# Conversations in a model's own format
+#
+# Kinds of templates as they are found, and by hand what they make of a conversation: `start`, then
+# `system`, where {} is the system text, then `user`, `reply`, `user`, `reply`, `user`, where {} is
+# what the user says. Names of tokens are tokens.
+# ------------------------------------------------------------------------------------------------
 
+NAMES = ["<|start_header_id|>", "<|end_header_id|>", "<|im_start|>", "<｜User｜>",
+         "<｜Assistant｜>"]
+
+
+class Kind(NamedTuple):
+    """A template, and the model: `bos` and `eos` are tokens 1 and 2, NAMES those from 3 on. After
+    the character `before`, it says `answer`. `usual` is its own system text."""
+    template: str
+    bos: str
+    eos: str
+    before: str
+    answer: str
+    start: str
+    system: str
+    user: str
+    reply: str
+    space: bool = True                                    # in front of a text
+    usual: str = ""
+
+
+KINDS = {
+    "Llama 2": Kind("""{% if messages[0].role == 'system' %}
+{% set system, messages = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n', messages[1:] %}
+{% endif %}
+{% for m in messages %}
+    {% if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('roles must alternate') }}
+    {% elif m.role == 'user' %}
+{{- bos_token + '[INST] ' + ((system or '') if loop.first else '') + m.content.strip() -}}
+{{- ' [/INST]' -}}
+    {% else %}
+{{- ' ' + m.content.strip() + ' ' + eos_token -}}
+    {% endif %}
+{% endfor %}""", "<s>", "</s>", "]", " ok",
+        "<s>[INST] ", "<<SYS>>\n{}\n<</SYS>>\n\n", "{} [/INST]", " ok </s><s>[INST] "),
+    "Llama 3": Kind("""{% for m in messages %}
+{% set text = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim %}
+{{- (bos_token if loop.first else '') + text + '<|eot_id|>' }}{% endfor %}
+{% if add_generation_prompt %}
+{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}""",
+        "<|begin_of_text|>", "<|eot_id|>", "\n", "ok", "<|begin_of_text|>",
+        "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n", "ok<|eot_id|>", space=False),
+    "Mistral": Kind("""{%- if messages[0]["role"] == "system" %}
+    {%- set system_message, loop_messages = messages[0]["content"], messages[1:] %}
+{%- else %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if message["role"] == "user" and loop.first and system_message is defined %}
+        {{- "[INST] " + system_message + "\n\n" + message["content"] + " [/INST]" }}
+    {%- elif message["role"] == "user" %}
+        {{- "[INST] " + message["content"] + " [/INST]" }}
+    {%- else %}
+        {{- message["content"] + eos_token }}
+    {%- endif %}
+{%- endfor %}""", "<s>", "</s>", "]", " ok",
+        "<s>[INST] ", "{}\n\n", "{} [/INST]", " ok</s>[INST] "),
+    "Zephyr": Kind("""{% for message in messages %}
+{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}""", "<s>", "</s>", "\n", "ok",
+        "<s>", "<|system|>\n{}</s>\n", "<|user|>\n{}</s>\n<|assistant|>\n", "ok</s>\n"),
+    "Vicuna": Kind("""{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}
+{{ m.content + ' ' }}{% elif m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}{% else %}
+{{ 'ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}{{ 'ASSISTANT:' }}""",
+        "<s>", "</s>", ":", " ok", "<s>", "{} ", "USER: {} ASSISTANT:", " ok</s>"),
+    "DeepSeek": Kind("""{% set ns = namespace(system='') %}{% for m in messages %}
+{%- if m.role == 'system' %}{% set ns.system = m.content %}{% endif %}{% endfor %}
+{{- bos_token + ns.system }}{% for m in messages %}{% if m.role == 'user' %}
+{{- '<｜User｜>' + m.content }}{% elif m.role == 'assistant' %}
+{{- '<｜Assistant｜>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}
+{{- '<｜Assistant｜>' if add_generation_prompt else '' }}""", "<s>", "<｜end｜>", "\4",
+        "so</think>", "<s>", "{}", "<｜User｜>{}<｜Assistant｜>", "<｜end｜>", space=False),
+    "ChatML": Kind("""{% for message in messages %}{% if loop.first and message.role != 'system' %}
+{{ '<|im_start|>system\nYou are made up.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' +
+message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+        "<s>", "<|im_end|>", "\n", "ok", "<s>", "<|im_start|>system\n{}<|im_end|>\n",
+        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "ok<|im_end|>\n",
+        usual="You are made up.")}
+CHATML = KINDS["ChatML"]
+SAID = ["Hi  there", "".join([*NAMES, "<s></s><|im_end|><|eot_id|>[INST] é\U000F0000"]), "bye"]
+
+
+def chat_model(path, kind=CHATML, loop=False, **metadata):
+    """A model of that kind. Its control tokens are bytes in other models, and so is its piece "ok",
+    which it knows but does not use: it says "o" and "k"."""
+    def write(path, tiny):
+        names, own = [kind.bos, kind.eos, *NAMES, "ok"], gguf_parts(tiny)[0]
+        for key, values in (("tokens", names), ("token_type", [*[("i", 3)] * 7, ("i", 1)])):
+            own[f"tokenizer.ggml.{key}"][1:9] = values
+        return write_gguf(path, tiny, own | {
+            "tokenizer.chat_template": kind.template, "tokenizer.ggml.add_space_prefix": kind.space,
+            **metadata})
+    return chain_model(path, kind.before + kind.answer, loop, write)
+
+
+def by_hand(kind, *said, system=""):
+    """The tokens of a conversation: names in its patterns are tokens, but not what is said."""
+    ids = {name: i for i, name in enumerate([kind.bos, kind.eos, *NAMES], 1)}
+    pattern, texts = kind.start, iter([system or kind.usual, *said][not (system or kind.usual):])
+    pattern += kind.system * bool(system or kind.usual) + kind.reply.join([kind.user] * len(said))
+    tokens = []
+    for part in re.split(f"({'|'.join(map(re.escape, ids))})", pattern):
+        if part not in ids and part:
+            part = " " * kind.space + re.sub(r"\{\}", lambda _: next(texts), part)
+        tokens += [ids[part]] if part in ids else [3 + b for b in part.encode()]
+    return tokens
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_model_talks_in_its_own_format(kind, run, folder, type_lines, passes):
+    """Each token is as by hand, and read once, but for what a template takes back. Catches: a name
+    that the user typed and that becomes a token; BOS twice or never; an answer that is read again
+    in the tokenizer's cut."""
+    path = chat_model(folder / "kind.gguf", kind)
+    for lines, system in ((SAID[1:2], ""), (SAID, "Be brief.")):
+        passes.clear()
+        type_lines(*lines)
+        code, out, err = run("-m", path, "--chat", *(["--system", system] if system else []))
+        assert (code, out) == (0, f"{kind.answer}\n" * len(lines))
+        text = by_hand(kind, *lines, system=system) + [3 + b for b in kind.answer.encode()]
+        taken_back = 0 if kind.answer in kind.reply else len(kind.answer) * (len(lines) - 1)
+        assert text_read(passes) == text
+        assert sum(len(new) for _, new in passes) == len(text) + taken_back
+
+
+def chat(path, *flags):
+    args = tinyllama.arguments(["--chat", "-s=1", *flags])
+    args.ctx_size = args.ctx_size or 512
+    return tinyllama.Chat(args, load(path), tinyllama.Screen(None, False), tinyllama.Timings())
+
+
+def messages(*contents):
+    return [{"role": role, "content": content}
+            for role, content in zip(itertools.cycle(("user", "assistant")), contents)]
+
+
+def test_no_treatment_makes_a_name_of_what_was_typed(folder):
+    """Catches: names that are looked for before the template runs."""
+    template = ("{{ (messages | map(attribute='content') | join).lower().replace(' ', '') | trim }}"
+                "{{ eos_token }}")
+    talk = chat(chat_model(folder / "twist.gguf", CHATML._replace(template=template, space=False)))
+    for contents in (["<|IM_", "", "START|>"], ["<|im_ start|>"], ["\n<S>"], ["<", "", "s>"],
+                     ["<<s>s>"], ["\U000F0000<s>\U000F0001"], ["a", "<s>", "b"]):
+        text = "".join(contents).lower().replace(" ", "").strip()
+        assert talk.encode(messages(*contents)) == [1, *(3 + b for b in text.encode()), 2]
+
+
+def test_forty_turns_in_300_tokens(run, folder, type_lines, passes):
+    """Catches: a system text that is lost, a conversation that is read again at each turn."""
+    type_lines(*(f"question {i:02}" for i in range(40)))
+    path = chat_model(folder / "chat.gguf")
+    code, out, err = run("-m", path, "--chat", "-c", 300, "--system", "Be!")
+    assert (code, out) == (0, "ok\n" * 40)
+    ends = [0, *(start + len(new) for start, new in passes)]
+    again = sum(start < end for end, (start, _) in zip(ends, passes))
+    assert max(ends) <= 300 and again == err.count("are forgotten") <= 20
+    text, head = text_read(passes), by_hand(CHATML, system="Be!")
+    last = by_hand(CHATML, "question 39", system="Be!")[len(head):] + [3 + b for b in b"ok"]
+    assert text[:len(head)] == head and min(start for start, _ in passes[1:]) >= len(head)
+    assert text[-len(last):] == last
+
+
+def test_an_answer_outgrows_the_context(run, folder, type_lines, passes):
+    """The oldest turn goes while the model speaks; without one, the answer ends and that is told.
+    A message that does not fit by itself changes nothing. Catches: an answer begun anew."""
+    path = chat_model(folder / "loop.gguf", CHATML._replace(answer="abcdefgh"), loop=True)
+    type_lines("a" * 500, "one", "two")
+    code, out, err = run("-m", path, "--chat", "-n", 30, "-c", 140)
+    assert (code, out) == (0, 2 * (("abcdefgh\n" * 4)[:30] + "\n"))
+    assert told("too many ... 140", err)
+    assert err.count("oldest 1 of 2 turns") == 1 and err.count("-n 30 ends the answer") == 2
+    assert max(start + len(new) for start, new in passes) <= 140
+    head = by_hand(CHATML, "two")
+    assert text_read(passes)[:len(head)] == head
+    type_lines("one", "")
+    code, out, err = run("-m", path, "--chat", "-c", 100)
+    assert code == 0 and err.count("the answer fills the context of 100") == 2
+    talk = chat(path, "-c=135")
+    for line, answer in (("one", "ab" * 15), ("two", "abcd" * 5 + "...")):
+        assert talk.say(line)
+        talk.tokens += [3 + b for b in answer.encode()]
+    assert len(talk.tokens) == 135 and talk.make_room() and len(talk.tokens) == 77
+    assert talk.say("three") and talk.messages == messages("two", "abcd" * 5 + "...", "three")
+
+
+HOSTILE = {
+    "{% for i in range(10**9) %}{% endfor %}": "Range too big",
+    "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}": "stopped",
+    "{{ 9**(9**9) }}": "stopped", "{{ 'x' * 10**12 }}": "",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion", "{% if %}": "Expected",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}": "unsafe",
+    "{{ cycler.__init__.__globals__.os.mkdir('PWNED') }}": "unsafe", "{{ open('x') }}": "undefined",
+    "{% include '/etc/passwd' %}": "no loader", "{{ messages.clear() }}": "unsafe",
+    "{{ raise_exception('not\n\x1b[31mthis') }}": "not ?[31mthis",
+    "{{ 'word ' * 10**6 }}": "too small"}
+
+
+@pytest.mark.parametrize("template, reason", HOSTILE.items())
+def test_a_hostile_template_is_one_line(template, reason, run, folder, monkeypatch, tmp_path):
+    """Catches: a file that hangs the program, fills the memory, or runs code."""
+    monkeypatch.chdir(tmp_path)
+    path = chat_model(folder / "hostile.gguf", CHATML._replace(template=template))
+    code, out, err = run("-m", path, "--chat")
+    assert (code, out) == (1, "") and not list(tmp_path.iterdir())
+    assert told(reason, err.splitlines()[-1]) and err.count("error") == 1 and "\x1b" not in err
+
+
+def test_which_template(run, alphabet, folder, type_lines, monkeypatch, tmp_path):
+    """By name in the model's file, or a file; what is missing or refused is told in one line."""
+    own = {"tokenizer.chat_template.sums": "{{ messages[0].content }}\n",
+           "tokenizer.chat_templates": ["sums"]}
+    path, file = chat_model(folder / "named.gguf", **own), tmp_path / "own.jinja"
+    bare = chat_model(folder / "bare.gguf", **{"tokenizer.chat_template": None})
+    file.write_bytes(b"\xef\xbb\xbf{% for m in messages if m.role != 'user' %}{{ m.content }}\r\n"
+                     b"{% endfor %}{{ strftime_now('%%') }}\n\n")
+    for model, name, lines, out in ((path, "sums", ["so"], "k\n"), (bare, file, ["x"], "ok\n")):
+        type_lines(*lines)
+        assert run("-m", model, "--chat", "--chat-template", name, "-n", 2)[:2] == (0, out)
+    for words, reason in ((["-m", path, "--chat-template", "x"], "'x', only default, sums"),
+                          (["-m", alphabet], "error: --chat: "),
+                          (["-m", bare], "no chat template: ... --chat-template FILE ... -i")):
+        code, out, err = run(*words, "--chat")
+        assert (code, out) == (1, "") and told(reason, err.splitlines()[-1])
+    template = KINDS["Llama 2"].template.replace("messages[1:]", "raise_exception('no system')")
+    path = chat_model(folder / "refusing.gguf", CHATML._replace(template=template))
+    err = run("-m", path, "--chat", "--system", "x")[2]
+    assert err.endswith("error: chat template, with --system: no system\n")
+    (tmp_path / "jinja2.py").write_text("raise ImportError('no jinja2')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run("-m", path, "--chat")[2].endswith("template: no jinja2 (pip install jinja2)\n")
+
+
+def test_what_is_typed_for_us(run, folder, type_lines):
+    """/help, /clear and /exit; an empty line lets the model go on, if it was stopped."""
+    path = chat_model(folder / "chat.gguf", CHATML._replace(answer="okay"), **{
+        "llama.context_length": 100})
+    type_lines("", "/help", "one", "", "", "", "/clear", "", "two", "/exit", "three")
+    code, out, err = run("-m", path, "--chat", "-n", 2, "--verbose-prompt")
+    assert (code, out) == (0, "ok\nay\n\nok\n") and "n_ctx = 100," in err
+    assert err.count("/exit or Ctrl-D") == 1 and err.count("-n 2 ends the answer") == 3
+    assert err.count("     5 -> <|im_start|>\n") == 6 and "made up" not in err
+    assert told("trained on texts of 100 tokens", run("-m", path, "-c", 101, "-p", "x")[2])
+
+
+@pytest.mark.parametrize("make", ["Dialogue", "Chat"])
+def test_ctrl_c_at_any_moment_leaves_nothing_stale(folder, monkeypatch, make):
+    """At each line in turn. Catches: tokens that change before the cache forgets."""
+    model = load(write_gguf(folder / "stale.gguf", tiny_model(3), {"tokenizer.chat_template": "x"}))
+    monkeypatch.setattr(tinyllama.Chat, "render", lambda self, messages: "".join(
+        f"[{m['content']}]" for m in messages))
+    args = tinyllama.arguments(["-i" if make == "Dialogue" else "--chat", "-c=64", "-s=1"])
+    for moment in itertools.count():
+        talk, left = getattr(tinyllama, make)(args, model, None, None), moment
+        for line in ("one two three", "four five six"):
+            talk.say(line)
+            tinyllama.forward(model, talk.tokens[talk.cache.length:], talk.cache)
+            talk.tokens += [100, 101]
+
+        def trace(frame, event, _):
+            nonlocal left
+            left -= event == "line"
+            if left < 0:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(lambda frame, *_: trace if frame.f_locals.get("self") is talk else None)
+        with contextlib.suppress(KeyboardInterrupt):
+            talk.say("seven eight nine ten eleven twelve")
+        sys.settrace(None)
+        n, fresh = talk.cache.length, tinyllama.Cache(model, 64)
+        tinyllama.forward(model, talk.tokens, fresh)
+        fresh.length = n
+        assert_allclose(*(tinyllama.forward(model, [91], cache) for cache in (talk.cache, fresh)),
+                        rtol=1e-4, atol=1e-5)
+        if left >= 0:
+            break
+    assert moment > 5 and n < 40                          # all went, and something was forgotten
+
+
+@pytest.mark.parametrize("events, code, out", [
+    ([("one",), ("two",), "hello"], 0, "ok\n\n"), ([("",), ("",)], 130, "\n"),
+    ([("one",), ("",)], 130, "\n"), ([("",), "hello", ("",)], 0, "ok\n\n")])
+def test_ctrl_c_clears_the_line(events, code, out, run, folder, monkeypatch):
+    """An event is a line, or in brackets what was typed before a Ctrl-C. Ctrl-D follows. Catches: a
+    Ctrl-C that ends while a line is being typed."""
+    left, typed = iter(events), ""
+
+    def read(_):
+        nonlocal typed
+        event = next(left, None)
+        if event is None:
+            raise EOFError
+        if isinstance(event, str):
+            return event
+        typed, = event
+        raise KeyboardInterrupt
+
+    readline = SimpleNamespace(parse_and_bind=str, get_line_buffer=lambda: typed)
+    monkeypatch.setitem(sys.modules, "readline", readline)
+    monkeypatch.setattr("builtins.input", read)
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    assert run("-m", chat_model(folder / "chat.gguf"), "--chat")[:2] == (code, out)
+
+
+# ------------------------------------------------------------------------------------------------
+# The terminal
+# ------------------------------------------------------------------------------------------------
 
 def in_terminal(words, *keys):
     """Run tinyllama.py in a pseudo-terminal and type each key once the text before it was shown.
@@ -2361,8 +3105,7 @@ needs_terminal = pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a 
 
 @needs_terminal
 def test_in_a_terminal(alphabet):
-    """Ctrl-C gives the turn to the user, Ctrl-D ends, a second Ctrl-C exits with 130; colours are
-    put back."""
+    """Ctrl-C gives the turn to the user, again ends; so does Ctrl-D; colours are put back."""
     words = ["-m", alphabet, "-i", "--color", "-p", "a", "-n", "-1", "-c", "64"]
     talking, prompt = b"fgh\r\nabc", b"> "
     code, last = in_terminal(words, (talking, b"\x03"), (prompt, b"c\n"), (talking, b"\x03"),
@@ -2372,6 +3115,19 @@ def test_in_a_terminal(alphabet):
                              (prompt, b"\x03\n"))
     assert code == 130 and last.rfind(b"\x1b[0m") > last.rfind(b"\x1b[1m")
     assert b"Traceback" not in last
+
+
+@needs_terminal
+def test_what_is_pasted_is_one_message(folder, monkeypatch):
+    """Catches: a message for each of its lines."""
+    readline = pytest.importorskip("readline")
+    if "libedit" in (readline.__doc__ or ""):
+        pytest.skip("libedit has no bracketed paste")
+    monkeypatch.setenv("TERM", "xterm")
+    words, prompt = ["-m", chat_model(folder / "chat.gguf"), "--chat"], b"> "
+    code, screen = in_terminal(words, (prompt, b"\x1b[200~one\ntwo\x1b[201~"), (b"two", b"\n"),
+                               (prompt, b"\x04"))
+    assert code == 0 and re.search(rb"sample time .*\(3 tokens\)", screen)    # one answer, its end
 
 
 @needs_terminal
@@ -2503,7 +3259,7 @@ def test_convert_keeps_files_and_makes_missing_ones(tmp_path, capsys):
     assert contents() == (expected_file(folder, 0, 1), expected_file(folder, 1, 1))
 
 
-def test_convert_paths_and_usage(checkpoint, monkeypatch):
+def test_convert_paths_and_usage(checkpoint, monkeypatch, capfd):
     monkeypatch.chdir(checkpoint)
     assert convert.main([".", "--out", "new/er"]) == 0    # the tokenizer is in the folder above
     os.rename(TOKENIZER, "tokenizer.model")
@@ -2514,6 +3270,8 @@ def test_convert_paths_and_usage(checkpoint, monkeypatch):
     f16, f32 = "ggml-model-f16.bin", "ggml-model-f32.bin"
     assert Path("new/er", f16).read_bytes() == Path(f16).read_bytes()
     assert Path(f32).read_bytes() == expected_file(checkpoint, 0, 0)
+    assert convert.main([str(checkpoint / PTH)]) == 1
+    assert capfd.readouterr().err.endswith(f"a file; name its folder, {checkpoint}\n")
     for wrong in ([], [".", "2"], [".", "1", "more"], [".", "--forc"]):
         with pytest.raises(SystemExit, match="2"):
             convert.main(wrong)
@@ -2525,6 +3283,7 @@ SPACES = [("\u2581" * n, -1e9) for n in (4, 3, 2)]
 @pytest.mark.parametrize("reason, params, tokenizer, more", [
     ("", {"rope_theta": 10000, "vocab_size": 5, "ffn_dim_multiplier": 1.3, "use_scaled_rope": False,
           "n_kv_heads": None}, {}, []),
+    ("", {"multiple_of": None, "hidden_dim": 96, "head_dim": 8}, {}, []),      # Mistral's
     ("norm_eps ... --norm-eps 1e-5", {"norm_eps": 1e-5}, {}, []),
     ("rope_theta ... --rope-freq-base 1000000", {"rope_theta": 1e6}, {}, []),
     ("sliding_window ... -c 4096", {"sliding_window": 4096}, {}, []),
@@ -2535,8 +3294,7 @@ SPACES = [("\u2581" * n, -1e9) for n in (4, 3, 2)]
     ("other tokens", {}, {"vocab_size": 557}, [(text, -1e6 * len(text)) for text, _ in SPACES]),
     ("other tokens", {}, {"vocab_size": 557}, [(text, 5) for text, _ in SPACES]),
     ("no scores", {}, {"vocab_size": 558}, [("zzz", -98), ("zz", -98)]),
-    ("other tokens", {}, {"allow_whitespace_only_pieces": True, "split_by_whitespace": False}, []),
-])
+    ("other tokens", {}, {"allow_whitespace_only_pieces": True, "split_by_whitespace": False}, [])])
 def test_convert_warns_of_what_the_file_cannot_say(reason, params, tokenizer, more, tmp_path,
                                                    capfd):
     proto = train(**tokenizer) + b"".join(piece(*p) for p in more)
@@ -2544,6 +3302,76 @@ def test_convert_warns_of_what_the_file_cannot_say(reason, params, tokenizer, mo
     assert convert.main([str(folder)]) == 0
     err = capfd.readouterr().err
     assert err.count("\n") == bool(reason) and told(reason, err)
+    assert tinyllama.read_ggml(folder / "ggml-model-f16.bin")[0].multiple_of in (32, 256)
+
+
+def test_convert_warns_of_mistrals_window_and_base(tmp_path, capfd):
+    """Catches: a text that silently goes beyond what the model was made for."""
+    folder = write_folder(tmp_path / "hf", hf_weights(make_weights()), model_type="mistral",
+                          sliding_window=4096, rope_parameters={"rope_theta": 1e6})
+    assert convert.main([str(folder)]) == 0
+    err = capfd.readouterr().err
+    assert "-c 4096" in err and "--rope-freq-base 1000000" in err and err.count("\n") == 2
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"add_dummy_prefix": False}, {"model_type": "unigram", "vocab_size": 450},
+    {"normalization_rule_name": "nmt_nfkc"}, {"remove_extra_whitespaces": True},
+    {"byte_fallback": False, "vocab_size": 300}, {"user_defined_symbols": "she sells,<|x|>"},
+    {"treat_whitespace_as_suffix": True}], ids=str)
+def test_a_vocabulary_that_ggml_cannot_carry_is_told(changes, tmp_path, capfd):
+    """The text it names is cut otherwise. Catches: a setting that passes in silence."""
+    vocabulary, weights = train(**changes), hf_weights(make_weights())
+    sp = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
+    for name in (EMBEDDING, "lm_head.weight"):
+        weights[name] = weights[name][:sp.vocab_size()]
+    folder = write_folder(tmp_path / "hf", weights, tokenizer=vocabulary)
+    assert convert.main([str(folder)]) == 0
+    err = capfd.readouterr().err
+    assert err.count("\n") == bool(changes)
+    if changes:
+        text = ast.literal_eval(err.split("tinyllama.py cuts ")[1].split(" into other")[0])
+        assert load(folder / "ggml-model-f16.bin").tokenizer.encode(text) != sp.encode(text)
+
+
+def test_the_models_own_tokenizer_comes_first(tmp_path, capfd):
+    """Catches another model's vocabulary, taken in silence, and the parent of a link itself."""
+    folder, link = write_checkpoint(tmp_path / "7B", make_weights()), tmp_path / "links" / "7B"
+    link.parent.mkdir()
+    link.symlink_to(folder)
+    (folder / "tokenizer.model").write_bytes(train(user_defined_symbols="<own>"))
+    for path, place in ((folder, folder), (link, link), (link, tmp_path)):
+        if place == tmp_path:
+            os.remove(folder / "tokenizer.model")
+        assert convert.main([str(path), "--force"]) == 0
+        assert f"tokenizer: {place}/tokenizer.model, 560 tokens" in capfd.readouterr().out
+        pieces = tinyllama.read_ggml(folder / "ggml-model-f16.bin")[1]
+        assert (b"<own>" in pieces) == (place != tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["hf", "meta"])
+def test_added_tokens(layout, tmp_path, capfd):
+    """Catches a row without a piece, and an id that is off by one. Two of five rows lack a name."""
+    weights = make_weights()
+    for name in ("tok_embeddings.weight", "output.weight"):
+        weights[name] = torch.cat([weights[name], torch.ones(5, 64, dtype=torch.float16)])
+    folder = (write_folder(tmp_path / "hf", hf_weights(weights)) if layout == "hf" else
+              write_checkpoint(tmp_path / "7B", weights))
+    (folder / "added_tokens.json").write_text('{"<pad>": 560, "\\ud800": 563, "<unk>": 0}')
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {
+        "1": {"content": "<s>"}, "561": {"content": "<|im_end|>"}, "562": 7}}))
+    assert convert.main([str(folder)]) == 0
+    pieces = tinyllama.read_ggml(folder / "ggml-model-f16.bin")[1]
+    assert pieces[560:] == [b"<pad>", b"<|im_end|>", b"", b"?", b""] and pieces[1] == b""
+    assert "2 rows of tok_embeddings have no name" in capfd.readouterr().err
+
+
+def test_wrapped_checkpoints_are_unwrapped(checkpoint):
+    expected = expected_file(checkpoint, 0, 1)
+    for wrapped in ({"model": make_weights()}, {"state_dict": make_weights(), "step": 7}):
+        torch.save(wrapped, checkpoint / PTH)
+        assert convert.main([str(checkpoint), "--force"]) == 0
+        assert (checkpoint / "ggml-model-f16.bin").read_bytes() == expected
 
 
 @pytest.mark.parametrize("stop, code, words", [
@@ -2571,8 +3399,7 @@ def test_convert_into_a_closed_pipe_ends_quietly(checkpoint):
 
 
 def test_three_scripts_from_checkpoint_to_text(folder, trained):
-    """The README's three commands, with a model in 1 and in 4 parts: the same text, and the right
-    one. Catches: scripts that do not fit together."""
+    """As in the README, in 1 and 4 parts. Catches: scripts that do not fit together."""
     sp, prompt, models = trained["llama"], "for the best", folder / "models"
     models.mkdir()
     tiny = tiny_model(20, "f16", n_layers=2, n_heads=8, head_dim=32, ffn_dim=768,
@@ -2651,8 +3478,7 @@ class FileWeights(dict):
 
 @needs_model
 def test_logits_of_a_real_model(smollm):
-    """Against torch with the numbers of its model card: 30 layers, 9 heads, 3 for keys and values,
-    RoPE base 100000."""
+    """Against torch with the numbers of its model card: 30 layers, 9 heads, 3 for keys."""
     tokens = [36823, 1830, 28, 8671, 44175, 2496, 338]
     freqs = 100000.0 ** (-np.arange(0, 64, 2) / 64)
     expected = torch_llama(FileWeights(smollm[0]), tokens, 30, 9, 3, 1e-5, freqs)
@@ -2665,6 +3491,18 @@ def test_text_of_a_real_model(capsys):
     """As a user does it, without -m."""
     assert tinyllama.main(["-p", "The capital of France is", "-n", "8", *GREEDY]) == 0
     assert capsys.readouterr().out.startswith("The capital of France is Paris.")
+
+
+@needs_kernel
+@needs_model
+def test_perplexity_by_torch(smollm):
+    """bfloat16 costs a real model less than 5 thousandths; in so short a text, most is chance."""
+    losses = []
+    for model in (smollm[1], tinyllama.load(smollm[0], 2, backend="torch")):
+        tokens = model.tokenizer.encode(TEXT)[:400]
+        scores = torch.from_numpy(logits(model, tokens)[:-1])
+        losses.append(torch.nn.functional.cross_entropy(scores, torch.tensor(tokens[1:])).item())
+    assert abs(losses[1] - losses[0]) < 5e-3              # in nats, the logarithm of perplexity
 
 
 README = FOLDER.joinpath("README.md").read_text(encoding="utf-8")

@@ -78,8 +78,8 @@ for _name in BLAS_VARIABLES:
     del os.environ[_name]
 os.environ.update(_before)
 
-# glibc returns freed memory to the system, and getting it back, page by page, is slow. It keeps
-# up to twice the largest array that it has seen freed: so it is shown one of 8 MB.
+# glibc returns freed arrays to the system, which hands them out again slowly, page by page, unless
+# it has seen one as large freed before. Freeing 8 MB once raises that limit.
 np.empty(8 << 20, np.uint8)
 
 # A damaged model may compute infinities. `candidates` refuses them; numpy need not warn before.
@@ -113,6 +113,17 @@ def step(function: Callable) -> Callable:
     return call
 
 
+@contextlib.contextmanager
+def observing(observe: Callable) -> Iterator[None]:
+    """While this lasts, `observe(function, *args)` is called in place of each step of `forward`."""
+    global observer
+    observer = observe
+    try:
+        yield
+    finally:
+        observer = None
+
+
 # =================================================================================================
 # PART I: LLaMA, 2023
 # =================================================================================================
@@ -137,9 +148,8 @@ def step(function: Callable) -> Callable:
 #
 # Why are 4 bits enough? Of 32 numbers from a bell curve, the largest is about 2.3 standard
 # deviations in size. So d is a third of one, and a typical error, d / sqrt(12), is a tenth: each
-# output of a matrix carries about 10 % of noise. But noises of different outputs are independent.
-# The next matrix sums thousands of outputs: what they agree on adds up, and their noises mostly
-# cancel.
+# output of a matrix carries about 10 % of noise. The errors of different outputs are independent.
+# When the next matrix sums thousands of them, the signal adds up, and the errors mostly cancel.
 # (Published for LLaMA 7B on wikitext-2: perplexity 5.96 in float16, and 6.59 with q4_0 by the
 # original, which rounds activations to 4 bits as well. The 6.21 of a later llama.cpp is of other
 # roundings, too. This program rounds no activations, so no published figure is of its results.)
@@ -189,10 +199,10 @@ def unpack_neighbours(x: np.ndarray, zero: int) -> Quants:
 
 
 # Plain numbers are kept as they are. A bfloat16 is the upper half of a float32: widening it is one
-# shift. numpy widens a float16 four times as slowly, since it may be subnormal. So a float16 is
-# kept as the bits that its value times 2^-102 has in float32: the sign, the low 5 bits of the
-# exponent and the high 10 of the mantissa. The others are zero if |w| < 2^7: then this is exact,
-# and nothing is subnormal. (A larger one makes `unpack` return float32.)
+# shift. numpy widens a float16 four times as slowly, since it may be subnormal. So a float16 w
+# below 128 is kept as 16 bits of the float32 w 2^-102: the sign, the low 5 of the exponent, and
+# the high 10 of the mantissa. The rest are zero, so this is exact, and nothing is subnormal. (A
+# tile with larger weights is kept as float32.)
 
 UNIT = f32(2.0 ** 102)
 SIGN_COPIES = np.int32(0x70000000)                  # where int32 has copies of int16's sign
@@ -741,8 +751,8 @@ class Threads:
     """`n` threads, the caller among them, that share lists of jobs."""
 
     def __init__(self, n: int):
-        # A thread that waits for Python's lock asks for it after this many seconds. The default is
-        # longer than most of our calls of numpy take.
+        # Hand over Python's lock after 1 us, in this process from now on. The default, 5 ms, is
+        # longer than most of our calls of numpy.
         sys.setswitchinterval(1e-6)
         self.n = n
         self.helpers = ThreadPoolExecutor(max(1, n - 1), initializer=partial(
@@ -849,9 +859,11 @@ class Matrix:
         for i, (rows, tile) in enumerate(self.tiles):
             a, b = max(row, rows.start), min(row + new.q.shape[-1], rows.stop)
             if a < b:
-                if new.q.dtype != tile.q.dtype:                     # a large float16: rare
-                    tile, new = Quants(numbers(tile.q)), Quants(numbers(new.q))
+                if new.q.dtype == f32 != tile.q.dtype:              # a large float16: rare
+                    tile = Quants(numbers(tile.q))
                     self.tiles[i] = rows, tile
+                if new.q.dtype != tile.q.dtype:
+                    new = Quants(numbers(new.q))
                 for mine, array in zip(tile[:3], new[:3]):
                     if mine is not None:
                         mine[..., a - rows.start:b - rows.start] = array[..., a - row:b - row]
@@ -959,7 +971,7 @@ class Model(NamedTuple):
     tok_embeddings: Matrix          # [V, D]
     layers: list[Layer]
     norm: np.ndarray                # [D]
-    output: Matrix                  # [V, D]; tok_embeddings itself where they are tied
+    output: Matrix                  # [V, D]; where they are tied, of the same tensor
     metadata: dict                  # what else the file says
 
 
@@ -1023,7 +1035,7 @@ FUTURE = np.triu(np.full((CHUNK, CHUNK), -np.inf, f32), 1)      # the mask of a 
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """softmax(q k^T / sqrt(E) + mask) v, where q is for the last T of P positions.
+    """softmax(q k^T / sqrt(E) + mask) v, where q is for the last T <= CHUNK of P positions.
 
     q [K, H / K, T, E], divided by sqrt(E) already, k and v [K, P, E] -> [K, H / K, T, E]. The
     mask is 0 for a position and those before it, and minus infinity for those after it.
@@ -1449,12 +1461,15 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
     pool = Threads(threads or os.cpu_count() or 1)
     matrices: list[Matrix] = []
 
-    def matrix(*names: str) -> Matrix:
-        matrices.append(BACKENDS[backend]([tensors[name] for name in names], pool))
+    def matrix(*names: str, kind: type = BACKENDS[backend]) -> Matrix:
+        matrices.append(kind([tensors[name] for name in names], pool))
         return matrices[-1]
 
-    tok_embeddings = matrix("tok_embeddings.weight")
-    output = matrix("output.weight") if "output.weight" in tensors else tok_embeddings
+    tok_embeddings = matrix("tok_embeddings.weight", kind=Matrix)       # its rows are looked up
+    if "output.weight" in tensors:
+        output = matrix("output.weight")
+    else:
+        output = tok_embeddings if backend == "numpy" else matrix("tok_embeddings.weight")
     layers = []
     for i in range(hyper.n_layers):
         attention, feed_forward = f"layers.{i}.attention", f"layers.{i}.feed_forward"
@@ -1988,7 +2003,7 @@ def gguf_tokenizer(path: str, metadata: Metadata) -> Tokenizer:
 #
 # numpy writes each weight as a float32 before it multiplies. torch has a kernel that multiplies
 # 4-bit weights as they are, four times as fast for one token: load(..., backend="torch") uses it.
-# numpy stays the default, because it is exact and needs nothing else.
+# numpy stays the default: it computes in float32 and needs nothing else.
 #
 # The kernel computes with bfloat16, the upper half of a float32: 8 significant bits, an error of
 # at most 2^-8. It rounds the vectors that go in, those that come out, and the scales:
@@ -2033,7 +2048,8 @@ def find_kernel() -> Kernel:
     try:
         import torch
     except ImportError as error:
-        raise ModelError(f"backend torch: {error} (pip install torch, or use backend numpy)")
+        raise ModelError(f"backend torch: {error} (pip install torch, or use backend numpy)"
+                         ) from None
     require(hasattr(torch, "_weight_int4pack_mm_for_cpu"), "backend torch", "it needs torch 2.6 or "
             f"later, not {torch.__version__} (pip install --upgrade torch, or use backend numpy)")
     require(torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"), "backend torch",
@@ -2190,28 +2206,12 @@ class PackedMatrix:
         memory = scratch(name, ceil_div(math.prod(shape) * dtype.itemsize, 4))
         return self.kernel.torch.from_numpy(memory).view(dtype)[:math.prod(shape)].view(shape)
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """Those rows: what the kernel makes of the unit vectors, or faster where we know how."""
-        torch, half, _ = self.kernel
-        rows = self.places[rows]
-        if not half:
-            tiles = [slice(row, row + TILE) for row in rows // TILE * TILE]
-            return np.stack([self.few(torch.eye(self.cols), [
-                (packed[tile], scales[:, tile].contiguous()) for packed, scales in self.planes])
-                [:, row] for tile, row in zip(tiles, rows % TILE)])
-        tile, row = np.divmod(rows, 2 * half)
-        lower, byte = np.divmod(row.astype(np.uint8), half)
-        out = np.zeros((len(rows), self.cols // 32, 32), f32)
-        for packed, scales in self.planes:
-            q = packed.numpy().reshape(-1, self.cols, half)[tile, :, byte]
-            n = (q >> 4 * lower[:, None] & 15).reshape(out.shape) - f32(8)
-            scale, offset = scales[:, rows].float().numpy().T[..., None]
-            out += scale * n + offset
-        return out.reshape(len(rows), -1)
-
 
 class TorchMatrix:
-    """A Matrix that torch multiplies where the types allow it. The rest is as in chapter 3."""
+    """A Matrix that torch multiplies where the types allow it. The rest is as in chapter 3.
+
+    It has no `take`: embeddings are looked up in a Matrix of chapter 3, and so are exact.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], threads: Threads):
         find_kernel()
@@ -2226,16 +2226,6 @@ class TorchMatrix:
         for piece in self.pieces:
             piece.read(memory[:piece.nbytes])
             memory = memory[piece.nbytes:]
-
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """Those rows, [len(rows), cols] float32."""
-        out, first = np.empty((len(rows), self.cols), f32), 0
-        for piece in self.pieces:
-            mine = (first <= rows) & (rows < first + piece.rows)
-            if mine.any():
-                out[mine] = piece.take(rows[mine] - first)
-            first += piece.rows
-        return out
 
     @step
     def __call__(self, x: np.ndarray) -> np.ndarray:
@@ -2980,17 +2970,6 @@ class Step(NamedTuple):
     nbytes: int                     # of weights that were read
 
 
-@contextlib.contextmanager
-def observing(observe: Callable) -> Iterator[None]:
-    """While this lasts, `observe(function, *args)` is called in place of each step of `forward`."""
-    global observer
-    observer = observe
-    try:
-        yield
-    finally:
-        observer = None
-
-
 def watch(model: Model, tokens: Sequence[int], cache: Cache) -> tuple[np.ndarray, list[Step]]:
     """The logits of one forward pass, and its steps, each before those that it is made of."""
     steps: list[Step] = []
@@ -3000,7 +2979,9 @@ def watch(model: Model, tokens: Sequence[int], cache: Cache) -> tuple[np.ndarray
 
     def observe(function: Callable, *args):
         nonlocal depth
-        matrix = args[0] if id(args[0]) in names and function.__name__ == "__call__" else None
+        matrix = args[0] if function.__name__ == "__call__" else None
+        if matrix and id(matrix) not in names:      # a piece of one
+            return function(*args)
         at, start = len(steps), time.perf_counter()
         depth += 1
         result = function(*args)
@@ -3019,13 +3000,10 @@ def explain(args: argparse.Namespace, model: Model, prompt: str) -> None:
     """Print how a prompt becomes tokens, what a forward pass does, and how a token is chosen."""
     tokens, h = prompt_tokens(args, model, prompt), model.hyper
 
-    def show(token: int) -> str:
-        names = {i: name for name, i in model.tokenizer.special.items()}
-        return names.get(token) or repr(model.tokenizer.decode([token]).decode("utf-8", "replace"))
-
+    name = partial(show, model.tokenizer)
     print(f"1. The text becomes {len(tokens)} tokens\n\n   {prompt!r}\n")
     for i in range(0, min(len(tokens), 24), 6):
-        print("   " + "   ".join(f"{token} {show(token)}" for token in tokens[i:i + 6]))
+        print("   " + "   ".join(f"{token} {name(token)}" for token in tokens[i:i + 6]))
     print("   ..." * (len(tokens) > 24))
 
     forward(model, tokens, Cache(model, args.ctx_size))         # first uses of memory take time
@@ -3058,11 +3036,11 @@ def explain(args: argparse.Namespace, model: Model, prompt: str) -> None:
         ((), 1.0, 0, 1.0, 1.0), (recent, args.temp, 0, 1.0, args.repeat_penalty), last)]
     for token in list(stages[0])[:10]:
         p = [stage.get(token, 0.0) for stage in stages]
-        print(f"   {token:6d} {show(token):16} {p[0]:6.1%} {p[1]:6.1%} {p[2]:6.1%} "
+        print(f"   {token:6d} {name(token):16} {p[0]:6.1%} {p[1]:6.1%} {p[2]:6.1%} "
               f"{'#' * round(40 * p[2])}{'cut off' * (not p[2])}")
     chosen = sample(logits, recent, np.random.default_rng(args.seed), *last[1:])
     print(f"\n   {len(stages[2])} tokens are left to draw from. With seed {args.seed} it is "
-          f"{chosen} {show(chosen)}.")
+          f"{chosen} {name(chosen)}.")
 
 
 def blas_products(threads: Threads, size: int = 8192) -> dict[str, tuple[Callable, int]]:
@@ -3089,6 +3067,7 @@ def bench(args: argparse.Namespace, model: Model, path: str, rounds: int = 5) ->
     """
     layers = [m for layer in model.layers for m in (layer.wqkv, layer.wo, layer.w13, layer.w2)]
     stored = {id(m): m for m in (*layers, model.tok_embeddings, model.output)}.values()
+    weights = {t.name: math.prod(t.shape) for m in stored for t in m.tensors}
     reading = sum(m.rows * m.cols for m in layers)  # weights that a token of the prompt meets
     generating = reading + model.output.rows * model.output.cols
     tokens = np.random.default_rng(0).integers(0, model.hyper.n_vocab, 512).tolist()
@@ -3114,7 +3093,7 @@ def bench(args: argparse.Namespace, model: Model, path: str, rounds: int = 5) ->
     pp, tg = 512 / seconds["pp512"], 1 / seconds["tg64"]
 
     head = (f"| {os.path.basename(path)} | {sum(m.nbytes for m in stored) / 2**30:.2f} GiB "
-            f"| {sum(m.rows * m.cols for m in stored) / 1e9:.3f} B | {args.threads} |")
+            f"| {sum(weights.values()) / 1e9:.3f} B | {args.threads} |")
     print("| model | in memory | parameters | threads | test | tokens/s "
           "| with float32 BLAS at its peak | reached |\n|---|---|---|---|---|---|---|---|\n"
           f"{head} pp512 | {pp:.2f} | {gemm / reading:.2f} (GEMM, {2 * gemm / 1e9:.0f} GFLOP/s) "
