@@ -189,7 +189,7 @@ def scales(x: np.ndarray) -> list[np.ndarray]:
     return [rows_last(x[name]).astype(f32) for name in ("d", "m") if name in x.dtype.names]
 
 
-def unpack_neighbours(x: np.ndarray, zero: int) -> Quants:
+def unpack_neighbours(x: np.ndarray, zero: int = 0) -> Quants:
     """Records of ggml's q4_0 and q4_1, whose byte j holds weights 2j and 2j + 1."""
     q = rows_last(x["q"])
     a, b = q[:, :8], q[:, 8:]                       # weights 0 to 15, and 16 to 31
@@ -220,10 +220,15 @@ def unpack_float16(x: np.ndarray) -> Quants:
     return unpack_numbers((bits >> 13 & 0x7FFF | bits >> 16 & 0x8000).astype(np.int16))
 
 
+def nibbles(q: np.ndarray) -> np.ndarray:
+    """[..., j, rows] bytes -> [..., 2j, rows]: all low nibbles, then all high ones."""
+    return np.concatenate([q & 15, q >> 4], axis=-2)
+
+
 def numbers(q: np.ndarray) -> np.ndarray:
     """The n of a Quants: [B, size, rows] float32."""
     if q.dtype == np.uint8:
-        q = np.concatenate([q & 15, q >> 4], axis=1)
+        q = nibbles(q)
     if q.dtype == np.uint16:
         return (q.astype(np.uint32) << 16).view(f32)
     if q.dtype == np.int16:
@@ -252,16 +257,16 @@ def dequantize(blocks: np.ndarray) -> np.ndarray:
     return weights(quants).reshape(*blocks.shape[:-1], -1)
 
 
-def record(*fields: tuple) -> np.dtype:
-    return np.dtype(list(fields))
+def block(name: str, per_record: int, unpack: Callable, *fields: tuple) -> Type:
+    """A quantized type, with the fields of its records."""
+    return Type(name, np.dtype(list(fields)), per_record, unpack)
 
 
 F32 = Type("f32", np.dtype("<f4"), 1, unpack_numbers)
 F16 = Type("f16", np.dtype("<f2"), 1, unpack_float16)
 BF16 = Type("bf16", np.dtype("<u2"), 1, unpack_numbers)
-Q4_0 = Type("q4_0", record(("d", "<f4"), ("q", "u1", 16)), 32, partial(unpack_neighbours, zero=8))
-Q4_1 = Type("q4_1", record(("d", "<f4"), ("m", "<f4"), ("q", "u1", 16)), 32,
-            partial(unpack_neighbours, zero=0))
+Q4_0 = block("q4_0", 32, partial(unpack_neighbours, zero=8), ("d", "<f4"), ("q", "u1", 16))
+Q4_1 = block("q4_1", 32, unpack_neighbours, ("d", "<f4"), ("m", "<f4"), ("q", "u1", 16))
 
 TYPES = {"ggml": {0: F32, 1: F16, 2: Q4_0, 3: Q4_1}}       # of each container, by number
 
@@ -1184,22 +1189,26 @@ def merge(symbols: list[bytes], rank: Rank) -> list[bytes]:
 
 
 class Tokenizer:
-    """What tokenizers share. A subclass says how ordinary text becomes tokens: `encode_text`.
+    """What tokenizers share. A subclass cuts a text into words (`cut`), and encodes each.
 
+    ids             the token of a piece
+    prefix          what a text gets in front: a space or nothing
     special         control tokens by name; text becomes one only where the caller asks for it
     user_defined    tokens that are always matched whole, before anything is merged
     add_bos         whether a text begins with the token `bos`
     ends            tokens that end a text, `eos` among them
     """
 
-    def __init__(self, pieces: list[bytes], special: dict[str, int] | None = None,
-                 user_defined: dict[str, int] | None = None, bos: int | None = None,
-                 eos: int | None = None, add_bos: bool = True, ends: Sequence[int] = (),
-                 unknown: int = 0):
+    def __init__(self, pieces: list[bytes], ids: dict[bytes, int], prefix: str = "",
+                 special: dict[str, int] | None = None, user_defined: dict[str, int] | None = None,
+                 bos: int | None = None, eos: int | None = None, add_bos: bool = True,
+                 ends: Sequence[int] = (), unknown: int = 0):
         self.pieces = pieces                        # the bytes of each token; b"" for control
+        self.ids, self.prefix = ids, prefix
         self.special, self.user_defined = special or {}, user_defined or {}
         self.bos, self.eos, self.add_bos, self.unknown = bos, eos, add_bos, unknown
         self.ends = frozenset(ends) | ({eos} - {None})
+        self.encode_word = lru_cache(maxsize=1 << 14)(self.encode_word)
 
     def encode(self, text: str, bos: bool = False, special: bool = False, prefix: bool = True
                ) -> list[int]:
@@ -1221,16 +1230,12 @@ class Tokenizer:
     def encode_part(self, text: str, prefix: bool) -> list[int]:
         """The tokens of a text without control tokens."""
         tokens = []
-        for part in split_names(self.normalize(text, prefix), self.user_defined):
-            name = self.user_defined.get(part)
-            tokens += self.encode_text(part) if name is None else [name]
+        for part in split_names(self.prefix * prefix + text, self.user_defined):
+            if part in self.user_defined:
+                tokens.append(self.user_defined[part])
+            else:
+                tokens += [token for word in self.cut(part) for token in self.encode_word(word)]
         return tokens
-
-    def normalize(self, text: str, prefix: bool) -> str:
-        raise NotImplementedError
-
-    def encode_text(self, text: str) -> list[int]:
-        raise NotImplementedError
 
     def decode(self, tokens: Sequence[int]) -> bytes:
         """The bytes of some tokens. A character may span tokens: they need not be valid UTF-8."""
@@ -1251,24 +1256,17 @@ class LlamaTokenizer(Tokenizer):
     " Hello" and " world".
     """
 
-    def __init__(self, pieces: list[bytes], ids: dict[bytes, int], byte_ids: dict[int, int],
-                 ranks: dict[bytes, float], prefix: str = " ", **shared):
-        super().__init__(pieces, **shared)
-        self.ids = ids                              # the token of a piece
+    def __init__(self, byte_ids: dict[int, int], ranks: dict[bytes, float], **shared):
+        super().__init__(**shared)
         self.byte_ids = byte_ids                    # the token of a byte
         self.ranks = ranks                          # of pieces
-        self.prefix = prefix
         # Where no piece has a space after another character, nothing is merged across the front
         # of a run of spaces. Then a text is cut there, and each different word is merged once.
-        across = any(re.search(rb"[^ ] ", piece) for piece in ids)
-        self.words = re.compile(r"(?s).+" if across else r" +[^ ]*|[^ ]+")
-        self.encode_word = lru_cache(maxsize=1 << 14)(self.encode_word)
+        across = any(re.search(rb"[^ ] ", piece) for piece in self.ids)
+        self.cut = re.compile(r"(?s).+" if across else r" +[^ ]*|[^ ]+").findall
 
-    def normalize(self, text: str, prefix: bool) -> str:
-        return (self.prefix * prefix + text).replace("\u2581", " ")
-
-    def encode_text(self, text: str) -> list[int]:
-        return [token for word in self.words.findall(text) for token in self.encode_word(word)]
+    def encode_part(self, text: str, prefix: bool) -> list[int]:
+        return super().encode_part(text.replace("\u2581", " "), prefix)
 
     def encode_word(self, word: str) -> list[int]:
         tokens = []
@@ -1298,9 +1296,9 @@ def ggml_tokenizer(pieces: list[bytes]) -> LlamaTokenizer:
     unknown = pieces.index(UNKNOWN_PIECE) if UNKNOWN_PIECE in pieces else 0
     user_defined = {piece.decode("utf-8", "replace"): i
                     for i, piece in enumerate(pieces[:byte_ids.get(0, 0)]) if piece in ids}
-    return LlamaTokenizer(pieces, ids, byte_ids, ranks, unknown=unknown, bos=GGML_BOS,
-                          eos=GGML_EOS, special={"<s>": GGML_BOS, "</s>": GGML_EOS},
-                          user_defined=user_defined)
+    return LlamaTokenizer(byte_ids, ranks, pieces=pieces, ids=ids, prefix=" ", unknown=unknown,
+                          special={"<s>": GGML_BOS, "</s>": GGML_EOS}, user_defined=user_defined,
+                          bos=GGML_BOS, eos=GGML_EOS)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1531,16 +1529,6 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
 # neighbours, as in Meta's files.
 # -------------------------------------------------------------------------------------------------
 
-def join_nibbles(n: np.ndarray) -> np.ndarray:
-    """n [..., 32, rows] from 0 to 15 -> [..., 16, rows] bytes."""
-    return n[..., :16, :] | n[..., 16:, :] << 4
-
-
-def nibbles(q: np.ndarray) -> np.ndarray:
-    """[..., j, rows] bytes -> [..., 2j, rows]: all low nibbles, then all high ones."""
-    return np.concatenate([q & 15, q >> 4], axis=-2)
-
-
 def unpack_plain(x: np.ndarray, zero: int = 0) -> Quants:
     return Quants(rows_last(x["q"]), *scales(x), zero=zero)
 
@@ -1564,7 +1552,7 @@ def unpack_k(x: np.ndarray) -> Quants:
         fifth = rows_last(x["h"])[:, None] >> np.arange(8, dtype=np.uint8)[:, None, None] & 1
         q = (n | fifth << 4).view(np.int8)
     else:
-        q = join_nibbles(n)
+        q = n[:, :, :16] | n[:, :, 16:] << 4
     return Quants(q.reshape(8 * n_records, -1, rows), (d * six_bits[:, :8]).reshape(-1, rows),
                   (-m * six_bits[:, 8:]).reshape(-1, rows))
 
@@ -1577,10 +1565,6 @@ def unpack_q6_k(x: np.ndarray) -> Quants:
     n |= (high.reshape(n_records, 2, 1, 32, rows) >> pairs & 3) << 4
     d = rows_last(x["d"]).astype(f32)[:, None] * s
     return Quants((n.view(np.int8) - np.int8(32)).reshape(-1, 16, rows), d.reshape(-1, rows))
-
-
-def block(name: str, per_record: int, unpack: Callable, *fields: tuple) -> Type:
-    return Type(name, record(*fields), per_record, unpack)
 
 
 _D, _M, _Q, _K = ("d", "<f2"), ("m", "<f2"), ("q", "u1", 16), ("q", "u1", 128)
@@ -1853,23 +1837,12 @@ class ByteTokenizer(Tokenizer):
     "Hello" and " world".
     """
 
-    def __init__(self, pieces: list[bytes], ids: dict[bytes, int],
-                 ranks: dict[tuple[bytes, bytes], int], patterns: Sequence[str],
-                 whole_words: bool = False, prefix: str = "", **shared):
-        super().__init__(pieces, **shared)
-        self.ids = ids                              # the token of a piece
+    def __init__(self, ranks: dict[tuple[bytes, bytes], int], patterns: Sequence[str],
+                 whole_words: bool = False, **shared):
+        super().__init__(**shared)
         self.ranks = ranks                          # of pairs of pieces
-        self.patterns = patterns                    # that cut words
+        self.cut = partial(cut_words, patterns=patterns)
         self.whole_words = whole_words              # a word that is a piece is not merged
-        self.prefix = prefix
-        self.encode_word = lru_cache(maxsize=1 << 14)(self.encode_word)
-
-    def normalize(self, text: str, prefix: bool) -> str:
-        return self.prefix * prefix + text
-
-    def encode_text(self, text: str) -> list[int]:
-        return [token for word in cut_words(text, self.patterns)
-                for token in self.encode_word(word)]
 
     def encode_word(self, word: str) -> list[int]:
         raw = word.encode()
@@ -1978,7 +1951,8 @@ def gguf_tokenizer(path: str, metadata: Metadata) -> Tokenizer:
     # Falcon's <|endoftext|>. Elsewhere 11 is a comma, which neither begins nor ends a text.
     falcon = 11 if types[11:12] == [CONTROL] else -1
     bos, eos = (1, 2) if model == "llama" else (falcon, falcon)
-    shared = {"special": special, "user_defined": user_defined,
+    shared = {"pieces": pieces, "ids": ids, "special": special, "user_defined": user_defined,
+              "prefix": " " * want("add_space_prefix", bool, model == "llama"),
               "bos": token_id("bos_token_id", bos), "eos": token_id("eos_token_id", eos),
               "unknown": token_id("unknown_token_id", 0) or 0,
               "ends": [special[name] for name in END_NAMES if name in special]}
@@ -1986,16 +1960,12 @@ def gguf_tokenizer(path: str, metadata: Metadata) -> Tokenizer:
     if model == "llama":
         scores = for_each_token("scores", "f")
         byte_ids = {pieces[i][0]: i for i, kind in enumerate(types) if kind == BYTE}
-        return LlamaTokenizer(
-            pieces, ids, byte_ids, {piece: -scores[i] for piece, i in ids.items()}, **shared,
-            prefix=" " * want("add_space_prefix", bool, True),
-            add_bos=want("add_bos_token", bool, True))
+        return LlamaTokenizer(byte_ids, {piece: -scores[i] for piece, i in ids.items()},
+                              add_bos=want("add_bos_token", bool, True), **shared)
     pre = pretokenizer(path, want("pre", str, "default"), names)
-    return ByteTokenizer(
-        pieces, ids, read_merges(path, want("merges", list), ids), PRETOKENIZERS[pre],
-        whole_words=pre in WHOLE_WORDS, **shared,
-        prefix=" " * want("add_space_prefix", bool, False),
-        add_bos=want("add_bos_token", bool, pre in WHOLE_WORDS))
+    return ByteTokenizer(read_merges(path, want("merges", list), ids), PRETOKENIZERS[pre],
+                         pre in WHOLE_WORDS,
+                         add_bos=want("add_bos_token", bool, pre in WHOLE_WORDS), **shared)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2929,7 +2899,7 @@ def perplexity(args: argparse.Namespace, model: Model, text: str) -> None:
     there is always something to predict from. The standard error is that of the mean.
     """
     n_ctx, bos = args.ctx_size, model.tokenizer.encode("", bos=True)
-    tokens = model.tokenizer.encode(text)
+    tokens = model.tokenizer.encode(text, special=args.special)
     step = max(1, n_ctx - len(bos))                 # each window begins as a text begins
     windows = [bos + tokens[i:i + step] for i in range(0, len(tokens) - step + 1, step)]
     if not windows or n_ctx < 4:
