@@ -265,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     *args.paths, word = args.words if len(args.words) > 1 else (*args.words, "q4_0")
     if len(args.paths) > 2:
         parser.error("more than IN OUT TYPE")
+    word = word.lower()
     if word not in FTYPES:
         parser.error(f"'{word}' is not a TYPE: {', '.join(FTYPES)} are")
     if args.remove_f16 and len(args.paths) == 2:

@@ -1662,7 +1662,7 @@ def half_model(kind="f16", ffn_dim=64):
 
 
 @pytest.mark.parametrize("kind, word, new", [
-    ("f16", "2", "q4_0"), ("f32", "q4_0", "q4_0"), ("f16", "q4_1", "q4_1"), ("f32", "3", "q4_1")])
+    ("f16", "2", "q4_0"), ("f32", "Q4_0", "q4_0"), ("f16", "q4_1", "q4_1"), ("f32", "3", "q4_1")])
 def test_quantizing_changes_only_the_matrices(tmp_path, monkeypatch, capsys, kind, word, new):
     """Neither threads nor the size of the chunks change a bit. Catches: chunks in another order."""
     tiny, reports = half_model(kind), set()
