@@ -11,8 +11,9 @@
     python convert.py models/7B                 writes models/7B/ggml-model-f16.bin, .bin.1, ...
     python quantize.py models/7B                is the next step
 
-A checkpoint is 7 to 130 GB of a stranger's files: nothing in them is run, tensors are mapped and
-not read, all is checked before it is believed, and a file takes its name once it is complete.
+A checkpoint is 7 to 130 GB of a stranger's files: nothing in them is run, tensors are mapped
+where the format allows it and converted piece by piece, every field is checked before it is used,
+and a file takes its name once it is complete.
 """
 from __future__ import annotations
 
@@ -328,8 +329,8 @@ def unsaid(params: dict, tokenizer: SentencePieceProcessor, pieces: list[bytes])
             yield (f"a ggml file cannot say how this vocabulary is used: tinyllama.py cuts "
                    f"{text!r} into other tokens than sentencepiece does")
             return
-    # tinyllama.py ranks merges by their ids, but spaces alone come last, as equals. Do the scores
-    # do so? (No merge makes a single character. Two different scores of spaces are in disorder.)
+    # tinyllama.py ranks merges by their ids, but spaces alone come last, as equals: so scores must
+    # fall as ids rise, and pieces of spaces share one below. (No merge makes a single character.)
     scores = [(tokenizer.get_score(i), text) for i, text in texts.items() if len(text) > 1]
     ranks = [score for score, text in scores if text.strip(" ")]
     ranks += sorted({score for score, text in scores if not text.strip(" ")})

@@ -150,9 +150,9 @@ def observing(observe: Callable) -> Iterator[None]:
 # deviations in size. So d is a third of one, and a typical error, d / sqrt(12), is a tenth: each
 # output of a matrix carries about 10 % of noise. The errors of different outputs are independent.
 # When the next matrix sums thousands of them, the signal adds up, and the errors mostly cancel.
-# (Published for LLaMA 7B on wikitext-2: perplexity 5.96 in float16, and 6.59 with q4_0 by the
-# original, which rounds activations to 4 bits as well. The 6.21 of a later llama.cpp is of other
-# roundings, too. This program rounds no activations, so no published figure is of its results.)
+# (Published for LLaMA 7B on wikitext-2: perplexity 5.96 in float16, and with q4_0 6.59 by the
+# original, which also rounds activations to 4 bits, and 6.21 by a later llama.cpp, which rounds
+# otherwise. Neither figure is this program's: in numpy, it rounds no activations.)
 #
 # In memory, a matrix is a Quants. The row is its last axis: one call of numpy then works on the
 # same block of many rows. And bytes are rearranged: byte j holds weights j (low nibble) and j + 16
@@ -161,7 +161,8 @@ def observing(observe: Callable) -> Iterator[None]:
 
 class Quants(NamedTuple):
     """Weights of some rows in memory: w = d * (n - zero) + m, exactly as in the file."""
-    q: np.ndarray                   # [B, 16, rows] uint8, two n a byte; or [B, size, rows], one n
+    q: np.ndarray                   # [B, 16, rows] uint8, two n a byte; or [B, size, rows], one n.
+                                    # Type.unpack makes it of records, Matrix.store collects it.
     d: np.ndarray | None = None     # [B, rows] float32; plain numbers have neither d nor m, and
     m: np.ndarray | None = None     # are blocks of size 1: q [cols, 1, rows]
     zero: int = 0
@@ -205,8 +206,8 @@ def unpack_neighbours(x: np.ndarray, zero: int = 0) -> Quants:
 # Plain numbers are kept as they are. A bfloat16 is the upper half of a float32: widening it is one
 # shift. numpy widens a float16 four times as slowly, since it may be subnormal. So a float16 w
 # below 128 is kept as 16 bits of the float32 w 2^-102: the sign, the low 5 of the exponent, and
-# the high 10 of the mantissa. The rest are zero, so this is exact, and nothing is subnormal. (A
-# tile with larger weights is kept as float32.)
+# the high 10 of the mantissa. The rest are zero, so this is exact. The smallest float16, 2^-24,
+# becomes 2^-126, the smallest normal float32. (A tile with larger weights is kept as float32.)
 
 UNIT = f32(2.0 ** 102)
 SIGN_COPIES = np.int32(0x70000000)                  # where int32 has copies of int16's sign
@@ -299,8 +300,9 @@ GGML_BOS, GGML_EOS = 1, 2                       # not in the file: the tokenizer
 UNKNOWN_PIECE = " \u2047 ".encode()             # the text of the unknown token
 MAX_TOKENS, MAX_LAYERS = 1 << 19, 1 << 12       # a file that claims more is damaged
 
-# The tensors of a model: the sizes of the axes (here Q is H E, and K is K E), and the axis along
-# which Meta's parts split the tensor.
+# The tensors of a model: the sizes of the axes (in these strings, Q stands for H E and K for K E,
+# the rows of wq and wk), and the axis along which Meta's parts split the tensor (None: each part
+# has all of it).
 MODEL_TENSORS = {
     "tok_embeddings.weight": ("VD", 1),
     "norm.weight": ("D", None),
@@ -483,7 +485,8 @@ def read_ggml(path: str) -> tuple[Header, list[bytes], dict[str, Tensor], dict[s
                   and rot * n_heads == dim and rot % 2 == 0,
                   f"impossible header: {header._asdict()}")
         r.require(ftype in TYPES["ggml"], f"ftype {ftype} is not supported")
-        # A token takes 4 bytes, and its row of the embedding at least dim / 16, in 8 parts.
+        # A token takes 4 bytes, and its row of the embedding 5 / 8 dim in q4_0: in 8 parts, and so
+        # in any file that there is, more than dim / 16.
         r.require(n_vocab * (4 + dim // 16) <= r.size,
                   f"too short for {n_vocab} tokens: damaged or cut short")
         pieces = [r.take(r.number("i", f"the length of token {i}"), f"token {i}")
@@ -645,8 +648,8 @@ def product(x: np.ndarray, quants: Quants) -> np.ndarray:
 #                    into memory that stays in the cache, multiplied, and scaled by d at the end:
 #                    once for 32 weights. The second term is a small product of its own.
 #     many tokens    Multiplying costs more, and BLAS does it best in one large product. All blocks
-#                    of some rows are widened, and made weights in place before it. For 1 in every
-#                    n, f has 1 in lo and 17 in b: `zero` and m become that many.
+#                    of some rows are widened, d, zero and m are applied in place, and X multiplies
+#                    the result. In its second half, b = lo + 16 hi, zero and m count 17 times.
 #
 # Several threads share a matrix: each job is some blocks (few tokens) or some rows (many tokens) of
 # a tile. Jobs depend on the shapes of W and x alone, and what they make is added in a fixed order:
@@ -1311,9 +1314,9 @@ def ggml_tokenizer(pieces: list[bytes]) -> LlamaTokenizer:
 # These steps lead from logits to a token. (1) The logits are divided by temp: below 1, likely
 # tokens become likelier; at 0, the likeliest is certain. (2) Recent tokens are penalised: a
 # positive logit is divided by the penalty, a negative one multiplied. Without this, small models
-# loop. (3) The top_k largest stay, and softmax makes probabilities of them. (4) The fewest stay
-# that reach top_p together (Holtzman et al. 2020), and have min_p of the largest. Each of the
-# others is improbable, but they are many: one in twenty tokens would lead the text astray.
+# loop. (3) The top_k largest stay, and softmax makes probabilities of them. (4) The smallest set
+# stays that reaches top_p (Holtzman et al. 2020), without tokens below min_p times the largest.
+# Each token outside is improbable, but together they would lead the text astray, one in twenty.
 # -------------------------------------------------------------------------------------------------
 
 @ignore_overflow
@@ -1995,9 +1998,9 @@ def gguf_tokenizer(path: str, metadata: Metadata) -> Tokenizer:
 # tiles. Should a future torch pack in another way, its own function is used.
 #
 #     few tokens     The kernel multiplies. It is made for these.
-#     many tokens    `widen` makes some rows bfloat16, and torch multiplies them, as in chapter 3.
-#                    Some processors are slow at this, up to a hundred times slower than with
-#                    float32. `find_kernel` measures which of the two is faster.
+#     many tokens    `widen` makes some rows bfloat16 or float32, and torch multiplies them as in
+#                    chapter 3. Some processors are a hundred times slower with bfloat16, so
+#                    `find_kernel` measures which type is faster.
 # -------------------------------------------------------------------------------------------------
 
 TILE = 64                           # rows are padded to a multiple: one tile of 64, or two of 32
@@ -2096,7 +2099,7 @@ class PackedMatrix:
         self.places = np.concatenate([first + np.arange(tensor.shape[0])
                                       for first, tensor in zip(self.firsts, self.tensors)])
         self.rows, self.n_planes = len(self.places), count_planes(tensors[0])
-        # Weights of more than 4 bits keep them: bfloat16 would round most of that away.
+        # Weights of more than 4 bits become float32: bfloat16 would round the other bits away.
         self.wide = self.kernel.wide if self.n_planes == 1 else self.kernel.torch.float32
         self.nbytes = self.n_planes * self.padded * self.cols * 5 // 8
 
@@ -2741,10 +2744,11 @@ class Chat(Text):
     def encode(self, messages: list[dict]) -> list[int]:
         """The tokens of the messages, and of what the template puts before an answer.
 
-        Only the template names control tokens. While it runs, a stand-in, which occurs nowhere
-        else, replaces each character of the user's text that a name begins with. However the
-        template trims, cuts and joins, no name comes about. Templates look for </think> in the
-        model's own words: there, stand-ins are only in whole names.
+        Only the template names control tokens. While it runs, each character of the user's and
+        the system's text with which a name begins has a stand-in, a character that occurs nowhere
+        else: however the template trims, cuts and joins, no name comes about. Names are then
+        looked for in its output, and the characters are put back. In the model's own words, where
+        templates look for </think>, only whole names are hidden so.
         """
         special, messages = self.model.tokenizer.special, self.system + messages
         everything = self.job["template"] + "".join(m["content"] for m in messages)
