@@ -289,7 +289,9 @@ TYPES = {"ggml": {0: F32, 1: F16, 2: Q4_0, 3: Q4_1}}       # of each container, 
 # it no more, since the matrices tell F. rot is E = D / H: RoPE turns all numbers of a head.
 #
 # Meta released large models in parts, each with a slice of every matrix, and each part becomes a
-# file: model.bin, model.bin.1, ... The width of the first part's embedding tells how many.
+# file: model.bin, model.bin.1, ... The width of the first part's embedding tells how many. Parts are
+# joined while they are read: `read_ggml_parts` lists for each tensor its place in every file, and
+# `read_rows` reads slices of columns side by side, and slices of rows one after the other.
 #
 # Files come from strangers. Each number is checked before it is used, and no memory is reserved
 # on the word of a file that is too short for it.
@@ -1983,15 +1985,15 @@ def gguf_tokenizer(path: str, metadata: Metadata) -> Tokenizer:
 # numpy stays the default: it computes in float32 and needs nothing else.
 #
 # The kernel computes with bfloat16, the upper half of a float32: 8 significant bits, an error of
-# at most 2^-8. It rounds the vectors that go in, those that come out, and the scales:
+# at most 2^-8. It rounds the vectors that go in, those that come out, scales and offsets:
 #
 #     w  =  d (n - zero) + m  =  scale (n - 8) + offset        scale = d, offset = (8 - zero) d + m
 #
 # The numbers n are exactly the file's. One of up to 8 bits is two of 4 bits (`planes`). They are
 # stored in tiles of 64 rows, column by column. A byte holds two rows, half a tile apart:
 #
-#     column 0    | rows 32, 0 | rows 33, 1 |  ...  | rows 63, 31 |        32 bytes
-#     column 1    | rows 32, 0 |  ...                bits 4-7, 0-3
+#     column 0    | byte 0 | byte 1 |  ...  | byte 31 |    byte i: row i in bits 0 to 3,
+#     column 1    | byte 0 |  ...                                  row i + 32 in bits 4 to 7
 #
 # With AVX2 in place of AVX-512 a tile has 32 rows. `pack` makes such tiles ten times as fast as
 # torch's own function; `find_kernel` compares the two on a small matrix and learns the size of the
@@ -2451,10 +2453,15 @@ def context_size(args: argparse.Namespace, n_ctx_train: int) -> int:
 # -------------------------------------------------------------------------------------------------
 # 12. Text and conversation
 #
-# A `Text` is a list of tokens that the model goes on with. In a `Dialogue` the user writes
-# in it, too. A `Chat` is a list of messages. A template makes one text of them, in the
-# format that the model was trained on: a program in the model's file, written for jinja2.
-# Each turn renders all messages anew, and the model reads what is new.
+# A `Text` is a list of tokens that the model goes on with. In a `Dialogue` the user writes in it,
+# too. A `Chat` is a list of messages. A template makes one text of them, in the format that the
+# model was trained on: a program in the model's file, written for jinja2. Each turn renders all
+# messages anew, and the model reads what is new.
+#
+# What the user types never becomes a control token: `Chat.encode` hides the names of such tokens
+# from the template. A stranger's template runs in a process of its own, `run_template`, within
+# limits. When the context is full, a Dialogue keeps its beginning (--keep) and the later half of
+# the rest; a Chat drops the older half of its turns, and never the system's text.
 # -------------------------------------------------------------------------------------------------
 
 class Progress:
