@@ -91,7 +91,7 @@ HARMLESS = {"tied", "vocab_size", "ffn_dim_multiplier", "max_seq_len", "max_batc
 def check_params(path: str, params: dict, words: dict[str, str] | None = None) -> dict:
     """params.json, checked; what is null counts as absent. `words` are those of another file.
 
-    Where there is no multiple_of, the header gets 256: no reader of the file needs it.
+    Where there is no multiple_of, the header gets 256: tinyllama.py takes F from the matrices.
     """
     params = {"multiple_of": 256} | {key: v for key, v in params.items() if v is not None}
     words = words or {key: key for key in WORDS}
@@ -257,7 +257,8 @@ def read_safetensors(path: str) -> Tensors:
 #
 # A ggml file has the text of each token and nothing else: no scores, no types, no rules for the
 # preparation of a text. tinyllama.py assumes what holds for LLaMA's own vocabulary. Whether it
-# holds for another one is found out by trying.
+# holds for another one is found out by trying: `unsaid` encodes probe texts and every piece with
+# both programs, compares the order of the scores, and warns of the first text that differs.
 # -------------------------------------------------------------------------------------------------
 
 def find_tokenizer(folder: str, hugging_face: bool) -> str:

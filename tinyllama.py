@@ -154,9 +154,10 @@ def observing(observe: Callable) -> Iterator[None]:
 # original, which also rounds activations to 4 bits, and 6.21 by a later llama.cpp, which rounds
 # otherwise. Neither figure is this program's: in numpy, it rounds no activations.)
 #
-# In memory, a matrix is a Quants. The row is its last axis: one call of numpy then works on the
-# same block of many rows. And bytes are rearranged: byte j holds weights j (low nibble) and j + 16
-# (high), so that q & 15 and q >> 4 are 16 weights each, in the order of their inputs.
+# In memory, weights are Quants, each of some rows of a matrix. The row is the last axis: one call
+# of numpy then works on the same block of many rows. And bytes are rearranged: byte j holds weights
+# j (low nibble) and j + 16 (high), so that q & 15 and q >> 4 are 16 weights each, in the order of
+# their inputs.
 # -------------------------------------------------------------------------------------------------
 
 class Quants(NamedTuple):
@@ -285,13 +286,14 @@ TYPES = {"ggml": {0: F32, 1: F16, 2: Q4_0, 3: Q4_1}}       # of each container, 
 #     V times:             length | bytes of the token's text
 #     until the file ends: n_dims | length of name | type | sizes, innermost first | name | data
 #
-# ftype is the type of the matrices. multiple_of is what Meta's code rounds F up to; a reader needs
-# it no more, since the matrices tell F. rot is E = D / H: RoPE turns all numbers of a head.
+# ftype is the type of the matrices. multiple_of is what Meta's code rounds F up to; this reader
+# does not need it (the original did), since the matrices tell F. rot is E = D / H: RoPE turns all
+# numbers of a head.
 #
 # Meta released large models in parts, each with a slice of every matrix, and each part becomes a
-# file: model.bin, model.bin.1, ... The width of the first part's embedding tells how many. Parts are
-# joined while they are read: `read_ggml_parts` lists for each tensor its place in every file, and
-# `read_rows` reads slices of columns side by side, and slices of rows one after the other.
+# file: model.bin, model.bin.1, ... The width of the first part's embedding tells how many. Parts
+# are joined while they are read: `read_ggml_parts` lists for each tensor its place in every file,
+# and `read_rows` reads slices of columns side by side, and slices of rows one after the other.
 #
 # Files come from strangers. Each number is checked before it is used, and no memory is reserved
 # on the word of a file that is too short for it.
@@ -1522,10 +1524,10 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
 #     for each tensor:     name | n_dims | int64 sizes, innermost first | type | int64 offset
 #     padding to `general.alignment`, then the data, where the offsets count from
 #
-# Blocks have float16 scales here, and their byte j holds weights j and j + 16 already. Q5 has the
-# fifth bits of 32 weights in 4 bytes h. The K types put 256 weights in a record of 8 or 16 blocks.
-# Q4_K (Q5_K also has h, 32 bytes, before q: bit i of byte j is the fifth bit of weight j of block
-# i) and Q6_K:
+# Scales are float16 here, and byte j of a Q4 or Q5 block holds weights j and j + 16 already. Q5
+# has the fifth bits of 32 weights in 4 bytes h. The K types put 256 weights in a record of 8 or 16
+# blocks. Q4_K (Q5_K also has h, 32 bytes, before q: bit i of byte j is the fifth bit of weight j of
+# block i) and Q6_K:
 #
 #     |  d  | dmin  |  12 bytes: 8 scales and 8 minima of 6 bits each  |  128 bytes q  |
 #        w = (d * scale) * n - (dmin * minimum)     q[32 i:32 i + 32]: blocks 2 i (low), 2 i + 1
