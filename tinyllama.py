@@ -105,7 +105,7 @@ def ceil_div(a: int, b: int) -> int:
 observer: Callable | None = None        # called as observer(function, *args) in place of a step
 
 
-def step(function: Callable) -> Callable:
+def observed(function: Callable) -> Callable:
     """A step of the model's forward pass. The lesson and the progress bar observe such steps."""
     @wraps(function)
     def call(*args):
@@ -893,7 +893,7 @@ class Matrix:
                 out[mine] = weights(part(tile, rows=rows[mine] - first))
         return out
 
-    @step
+    @observed
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """x [T, cols] float32 -> W x [T, rows]."""
         n_tokens, is_few = len(x), len(x) <= FEW_TOKENS[self.cols >= 2048]
@@ -1018,14 +1018,14 @@ class Cache:
         return self.k[layer][:, :end], self.v[layer][:, :end]
 
 
-@step
+@observed
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight along the last axis (Zhang & Sennrich 2019)."""
     mean = (x[:, None] @ x[:, :, None])[:, 0] / f32(x.shape[1])         # of x^2: [T, 1]
     return x / np.sqrt(mean + f32(eps)) * weight
 
 
-@step
+@observed
 def rope(x: np.ndarray, rotation: np.ndarray) -> np.ndarray:
     """Rotary position embedding (Su et al. 2021) of x [T, heads, E].
 
@@ -1066,7 +1066,7 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     return (softmax(scores) @ v).reshape(n_heads, group, n_tokens, head_dim)
 
 
-@step
+@observed
 def attention(x: np.ndarray, layer: Layer, model: Model, rotation: np.ndarray, cache: Cache,
               index: int) -> np.ndarray:
     """x [T, D] -> wo(attend(q, k, v)) [T, D], where q, k and v are wq x, wk x and wv x.
@@ -1093,7 +1093,7 @@ def attention(x: np.ndarray, layer: Layer, model: Model, rotation: np.ndarray, c
     return layer.wo(out.reshape(n_tokens, -1))
 
 
-@step
+@observed
 def feed_forward(x: np.ndarray, layer: Layer, threads: Threads) -> np.ndarray:
     """x [T, D] -> w2(silu(w1 x) * w3 x) [T, D] (Shazeer 2020). silu(a) = a / (1 + exp(-a))."""
     ab = layer.w13(x)
@@ -2208,7 +2208,7 @@ class TorchMatrix:
             piece.read(memory[:piece.nbytes])
             memory = memory[piece.nbytes:]
 
-    @step
+    @observed
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """x [T, cols] float32 -> W x [T, rows]."""
         products = [piece(x) for piece in self.pieces]
