@@ -27,16 +27,13 @@ import sys
 import time
 import warnings
 import zipfile
-from typing import TYPE_CHECKING, Iterator
+from typing import Iterator
 
 import tinyllama
-from tinyllama import BF16, F16, F32, Header, ModelError, require, write_ggml_tensor_header
+from tinyllama import BF16, F16, F32, Header, ModelError, require
 
 # isort: split
 import numpy as np  # after tinyllama, which sets it up
-
-if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
 
 Tensors = dict[str, np.ndarray]             # by name: float32, float16, or bfloat16 as uint16
 TYPES = {"F32": F32, "F16": F16, "BF16": BF16}
@@ -49,8 +46,7 @@ INSTEAD = "get a GGUF file of this model, which tinyllama.py reads directly"
 # 1. Meta's layout
 #
 # params.json has the numbers of the model, consolidated.00.pth the tensors, as a torch pickle. A
-# larger model comes in several such parts, each with a slice of every matrix. A part becomes a
-# ggml file, with the same tensors in the same order.
+# larger model comes in several such parts. Each becomes a ggml file, tensors in the same order.
 # -------------------------------------------------------------------------------------------------
 
 def find_parts(folder: str) -> list[list[str]]:
@@ -59,8 +55,8 @@ def find_parts(folder: str) -> list[list[str]]:
             f"a file; name its folder, {os.path.dirname(folder) or os.curdir}")
     names = sorted(n for n in os.listdir(folder) if re.fullmatch(r"consolidated\.\d\d\.pth", n))
     for i, name in enumerate(names):
-        require(int(name[13:15]) == i, folder,
-                f"consolidated.{i:02}.pth is missing, but there is {name}")
+        wanted = f"consolidated.{i:02}.pth"
+        require(name == wanted, folder, f"{wanted} is missing, but there is {name}")
     return [[os.path.join(folder, name)] for name in names] or [hugging_face_files(folder)]
 
 
@@ -88,13 +84,9 @@ WORDS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_
 HARMLESS = {"tied", "vocab_size", "ffn_dim_multiplier", "max_seq_len", "max_batch_size"}
 
 
-def check_params(path: str, params: dict, words: dict[str, str] | None = None) -> dict:
-    """params.json, checked; what is null counts as absent. `words` are those of another file.
-
-    Where there is no multiple_of, the header gets 256: tinyllama.py takes F from the matrices.
-    """
-    params = {"multiple_of": 256} | {key: v for key, v in params.items() if v is not None}
-    words = words or {key: key for key in WORDS}
+def check_params(path: str, params: dict, words: dict[str, str] = dict(zip(WORDS, WORDS))) -> dict:
+    """params.json, checked; what is null counts as absent. `words` are those of another file."""
+    params = {key: value for key, value in params.items() if value is not None}
     for key, word in words.items():
         require(key in params or key not in ("dim", "n_layers", "n_heads"), path,
                 f"'{word}' is missing")
@@ -113,7 +105,7 @@ def read_pickle(path: str) -> Tensors:
     """The tensors of a torch checkpoint. Those of today's kind are mapped: they take no memory."""
     start = read_bytes(path, 256)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                 # those of torch are not for users
+        warnings.simplefilter("ignore")                 # torch's are not for users
         import torch
         try:
             # A zip file can be mapped if nothing in it is compressed (torch compresses nothing).
@@ -166,10 +158,10 @@ CONFIG = {                                  # what config.json says of a model t
     "model_type": ("llama", "mistral"), "hidden_act": ("silu", None), "mlp_bias": (False, None),
     "attention_bias": (False, None), "rope_type": ("default", None), "type": ("default", None),
     "partial_rotary_factor": (1, None), "quantization_config": (None,)}
-MODEL_NAMES = ("model.embed_tokens", "model.norm", "lm_head")           # in Meta's order
-LAYER_NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+MODEL_NAMES = ["model.embed_tokens", "model.norm", "lm_head"]           # in Meta's order
+LAYER_NAMES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
                "mlp.gate_proj", "mlp.down_proj", "mlp.up_proj",         # w1, w2, w3
-               "input_layernorm", "post_attention_layernorm")
+               "input_layernorm", "post_attention_layernorm"]
 
 
 def hugging_face_files(folder: str) -> list[str]:
@@ -204,21 +196,15 @@ def translate_config(path: str, config: dict) -> dict:
 def translate_names(where: str, tensors: Tensors, params: dict) -> Tensors:
     """The tensors by Meta's names and in Meta's order. ModelError if a name is unknown."""
     tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    # A ggml file has an output matrix always. It has no number of key heads: wk's rows tell.
+    # A ggml file always has an output matrix.
     if params.get("tied") and "model.embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     n = params["n_layers"]
-    names = *MODEL_NAMES, *(f"model.layers.{i}.{name}" for i in range(n) for name in LAYER_NAMES)
-    metas = dict(zip((f"{name}.weight" for name in names), tinyllama.architecture(n)))
+    names = MODEL_NAMES + [f"model.layers.{i}.{name}" for i in range(n) for name in LAYER_NAMES]
+    metas = {f"{name}.weight": meta for name, meta in zip(names, tinyllama.architecture(n))}
     for name in tensors:
         require(name in metas, where, f"{name!r:.80} is no tensor of a LLaMA with {n} layers")
     return {meta: tensors[name] for name, meta in metas.items() if name in tensors}
-
-
-def side_by_side(w: np.ndarray, head_dim: int) -> np.ndarray:
-    """[heads E, cols] -> [heads, E/2, 2, cols], a view: rows i and i + E/2 of a head are neighbours
-    there. They are moved when they are copied, chunk by chunk."""
-    return w.reshape(-1, 2, head_dim // 2, w.shape[-1]).swapaxes(1, 2)
 
 
 def read_safetensors(path: str) -> Tensors:
@@ -229,25 +215,22 @@ def read_safetensors(path: str) -> Tensors:
             f"{n} bytes of JSON in a file of {size}: {wrong}, or not a safetensors file")
     memory = np.memmap(path, np.uint8, "r")
     try:
-        entries = {**json.loads(bytes(memory[8:8 + n]))}
-    except (ValueError, TypeError, RecursionError):
-        raise ModelError(f"{path}: bytes 8 to {8 + n} are not JSON: {wrong}") from None
-    entries.pop("__metadata__", None)
-    places, tensors, data, filled = [], {}, memory[8 + n:], 0
-    for name, entry in entries.items():
-        match entry:
-            case {"dtype": str(word), "shape": [*shape], "data_offsets": [int(begin), int(end)]} \
-                    if len(shape) in (1, 2) and all(type(k) is int and k > 0 for k in shape):
-                places.append((begin, end, name, word, shape))
-            case _:
-                raise ModelError(f"{path}: it does not say where {name!r:.60} lies: {wrong}")
-    for begin, end, name, word, shape in sorted(places):
+        table = {**json.loads(bytes(memory[8:8 + n]))}
+        table.pop("__metadata__", None)
+        entries = sorted((entry["data_offsets"], name, str(entry["dtype"]), [*entry["shape"]])
+                         for name, entry in table.items())
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ModelError(f"{path}: its JSON does not say where the tensors lie: {wrong}") from None
+    tensors, data, filled = {}, memory[8 + n:], 0
+    for place, name, word, shape in entries:
         require(word in TYPES, path, f"{name!r:.60} is {word!r:.20}, not {' or '.join(TYPES)}")
+        require({*map(type, shape)} == {int} and min(shape) > 0 and len(shape) <= 2, path,
+                f"{name!r:.60} has the impossible shape {shape!s:.60}: {wrong}")
         dtype = TYPES[word].dtype
-        require(begin == filled and end - begin == math.prod(shape) * dtype.itemsize
-                and end <= len(data), path,
-                f"{name!r:.60}, {word} {shape}, cannot be bytes {begin} to {end}: {wrong}")
-        tensors[name], filled = data[begin:end].view(dtype).reshape(shape), end
+        begin, filled = filled, filled + math.prod(shape) * dtype.itemsize
+        require(place == [begin, filled] and filled <= len(data), path,
+                f"{name!r:.60}, {word} {shape!s:.60}, cannot be bytes {place!s:.60}: {wrong}")
+        tensors[name] = data[begin:filled].view(dtype).reshape(shape)
     require(filled == len(data), path, f"{len(data) - filled} bytes after the tensors: {wrong}")
     return tensors
 
@@ -257,14 +240,15 @@ def read_safetensors(path: str) -> Tensors:
 #
 # A ggml file has the text of each token and nothing else: no scores, no types, no rules for the
 # preparation of a text. tinyllama.py assumes what holds for LLaMA's own vocabulary. Whether it
-# holds for another one is found out by trying: `unsaid` encodes probe texts and every piece with
-# both programs, compares the order of the scores, and warns of the first text that differs.
+# holds for another one is found by trying: `unsaid` encodes probe texts and every piece with both
+# programs, compares the order of the scores, and warns of the first text that differs.
 # -------------------------------------------------------------------------------------------------
 
 def find_tokenizer(folder: str, hugging_face: bool) -> str:
     """The model's own tokenizer.model; Meta's release has one for all sizes, in the parent."""
     above = os.path.dirname(os.path.realpath(folder))           # of a symbolic link: its target's
-    tried = [os.path.join(place, "tokenizer.model") for place in (folder, above)[:2 - hugging_face]]
+    places = [folder] if hugging_face else [folder, above]
+    tried = [os.path.join(place, "tokenizer.model") for place in places]
     for path in tried:
         if os.path.exists(path):
             return path
@@ -272,8 +256,8 @@ def find_tokenizer(folder: str, hugging_face: bool) -> str:
                      f"another place. For a model that has a tokenizer.json alone, {INSTEAD}")
 
 
-def read_tokenizer(path: str) -> tuple[SentencePieceProcessor, list[bytes]]:
-    """The tokenizer, and the bytes of each token as a ggml file holds them."""
+def read_tokenizer(path: str) -> tuple:
+    """A SentencePieceProcessor, and the bytes of each token as a ggml file holds them."""
     model = read_bytes(path)
     require(not re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", model), path,
             f"a tiktoken vocabulary, as Llama 3 has: {INSTEAD}")
@@ -285,22 +269,26 @@ def read_tokenizer(path: str) -> tuple[SentencePieceProcessor, list[bytes]]:
         raise ModelError(f"{path}: not a sentencepiece model, or a damaged one") from None
 
 
-def token_bytes(tokenizer: SentencePieceProcessor, i: int) -> bytes:
+def token_bytes(tokenizer, i: int) -> bytes:
     """'\u2581the' -> b' the', '<0x0A>' -> b'\\n', '<s>' -> b''."""
-    if tokenizer.is_unknown(i) or tokenizer.is_control(i):
-        return tinyllama.UNKNOWN_PIECE if tokenizer.is_unknown(i) else b""
+    if tokenizer.is_unknown(i):
+        return tinyllama.UNKNOWN_PIECE
+    if tokenizer.is_control(i):
+        return b""
     piece = tokenizer.id_to_piece(i)
-    byte = tokenizer.is_byte(i)
-    return bytes([int(piece[1:-1], 16)]) if byte else piece.replace("\u2581", " ").encode()
+    if tokenizer.is_byte(i):
+        return bytes([int(piece[1:-1], 16)])
+    return piece.replace("\u2581", " ").encode()
 
 
 def added_tokens(folder: str) -> dict[str, str]:
     """{id: text} of the tokens that a model has beyond those of sentencepiece."""
-    by_text, config = (read_json(path) if os.path.exists(path) else {} for path in (
-        os.path.join(folder, "added_tokens.json"), os.path.join(folder, "tokenizer_config.json")))
+    paths = (os.path.join(folder, f"{name}.json") for name in ("added_tokens", "tokenizer_config"))
+    by_text, config = (read_json(path) if os.path.exists(path) else {} for path in paths)
     added, by_id = {str(i): text for text, i in by_text.items()}, config.get("added_tokens_decoder")
     for i, token in by_id.items() if isinstance(by_id, dict) else ():
-        added[i] = str(token.get("content", "")) if isinstance(token, dict) else ""
+        if isinstance(token, dict):
+            added[i] = str(token.get("content", ""))
     return added
 
 
@@ -308,7 +296,7 @@ PROBES = ("a", " a", "a ", "a  b", "    ", "\t\n", "1234567890", "na\u00efve", "
           "\ufb01\u00bd", "\u4e16\U0001f999", "\u2581", "<s>")
 
 
-def unsaid(params: dict, tokenizer: SentencePieceProcessor, pieces: list[bytes]) -> Iterator[str]:
+def unsaid(params: dict, tokenizer, pieces: list[bytes]) -> Iterator[str]:
     """What a ggml file cannot say of a model, where it is not what tinyllama.py assumes."""
     for key, usual, flag in (("norm_eps", 1e-6, "--norm-eps"),
                              ("rope_theta", 10000, "--rope-freq-base")):
@@ -344,42 +332,38 @@ def unsaid(params: dict, tokenizer: SentencePieceProcessor, pieces: list[bytes])
 # 4. The ggml file
 # -------------------------------------------------------------------------------------------------
 
-def check_part(where: str, tensors: Tensors, params: dict, n_parts: int) -> dict[str, int]:
-    """The sizes of the whole model. ModelError unless these are one of its `n_parts` parts."""
-    shapes, dim = {name: tensor.shape for name, tensor in tensors.items()}, params["dim"]
-    parts, head_dim = tinyllama.count_parts(shapes, dim), dim // params["n_heads"]
-    sizes = {"V": len(tensors.get("tok_embeddings.weight", ())), "D": dim, "Q": dim, "E": head_dim}
-    if "n_kv_heads" in params:
-        sizes["K"] = params["n_kv_heads"] * head_dim
-    if "hidden_dim" in params:
-        sizes["F"] = params["hidden_dim"]
-    sizes = tinyllama.check_shapes(where, shapes, params["n_layers"], sizes, parts)
-    require(parts == n_parts, where, f"one of {parts} parts, as the width of its tok_embeddings "
-                                     f"says, but there are {n_parts}")
+def check_part(where: str, tensors: Tensors, n_layers: int, sizes: dict[str, int],
+               n_parts: int) -> dict[str, int]:
+    """All sizes of a model, of which some are known. ModelError unless this is one of its parts."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    parts = tinyllama.count_parts(shapes, sizes["D"])
+    sizes = {"V": len(tensors.get("tok_embeddings.weight", ()))} | sizes
+    sizes = tinyllama.check_shapes(where, shapes, n_layers, sizes, parts)
+    require(parts == n_parts, where,
+            f"one of {parts} parts, as its tok_embeddings' width says, but there are {n_parts}")
     return sizes
 
 
 def write_part(where: str, out: str, header: Header, pieces: list[bytes], tensors: Tensors,
                halves: bool) -> int:
     """Write the ggml file `out`, with a line on stdout for each tensor; return its size in bytes.
-
-    Vectors are always float32. With `halves`, the rows of wq and wk are in Hugging Face's order.
-    """
+    Vectors are always float32. With `halves`, rows of wq and wk are in Hugging Face's order."""
     print(f"{os.path.basename(where)} -> {os.path.basename(out)}", flush=True)
     with tinyllama.replacing(out) as f:
         tinyllama.write_ggml_header(f, header, pieces)
         for name, tensor in tensors.items():
             kind = tinyllama.TYPES["ggml"][header.ftype] if tensor.ndim == 2 else F32
-            write_ggml_tensor_header(f, name, kind, tensor.shape)
-            reorder = halves and name.endswith(("wq.weight", "wk.weight"))
-            rows = side_by_side(tensor, header.rot) if reorder else tensor
-            step = max(1, CHUNK * len(rows) // rows.size)
-            for i in range(0, len(rows), step):
-                old = rows[i:i + step]
+            tinyllama.write_ggml_tensor_header(f, name, kind, tensor.shape)
+            order = np.arange(len(tensor))
+            if halves and name.endswith(("wq.weight", "wk.weight")):
+                order = order.reshape(-1, 2, header.rot // 2).swapaxes(1, 2).ravel()
+            step = max(1, CHUNK * len(tensor) // tensor.size)
+            for i in range(0, len(tensor), step):
+                old = tensor[order[i:i + step]]
                 if old.dtype == BF16.dtype:             # it is the upper half of a float32
                     old = (old.astype("<u4") << 16).view("<f4")
                 with np.errstate(over="ignore"):        # rounds to nearest, halves to even
-                    new = old.astype(kind.dtype, order="C", copy=False)
+                    new = old.astype(kind.dtype, copy=False)
                 require(finite(old), where, f"tensor '{name}' has NaN or infinity: damaged")
                 require(finite(new), where,
                         f"tensor '{name}' has values that float16 cannot hold: use ftype 0")
@@ -391,8 +375,8 @@ def write_part(where: str, out: str, header: Header, pieces: list[bytes], tensor
 
 def finite(x: np.ndarray) -> bool:
     """No NaN or infinity: they have all bits of the exponent. (np.isfinite is slow for float16.)"""
-    bits, exponent = (a.view(f"<u{x.itemsize}") for a in (x, np.array([np.inf], x.dtype)))
-    return bool((bits & exponent).max() < exponent)
+    infinity = np.array(np.inf, x.dtype).view(f"<u{x.itemsize}")
+    return bool((x.view(infinity.dtype) & infinity).max() < infinity)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -401,10 +385,8 @@ def finite(x: np.ndarray) -> bool:
 
 def convert(folder: str, ftype: int = 1, tokenizer: str | None = None, out: str | None = None,
             force: bool = False) -> None:
-    """Convert the checkpoint in `folder`: ftype 0 to float32, 1 to float16.
-
-    It reports on stdout and warns on stderr. Raises ModelError for what is not a checkpoint of a
-    LLaMA model, and OSError.
+    """Convert the checkpoint in `folder`: ftype 0 to float32, 1 to float16. Reports on stdout,
+    warns on stderr. Raises ModelError for what is not a checkpoint of a LLaMA model, and OSError.
     """
     start, size, parts = time.monotonic(), 0, find_parts(folder)
     hugging_face = not os.path.exists(os.path.join(folder, "consolidated.00.pth"))
@@ -421,7 +403,12 @@ def convert(folder: str, ftype: int = 1, tokenizer: str | None = None, out: str 
     vocabulary = tokenizer or find_tokenizer(folder, hugging_face)
     processor, pieces = read_tokenizer(vocabulary)
     print(f"tokenizer: {vocabulary}, {len(pieces)} tokens", flush=True)
-    notes, added, sizes = [*unsaid(params, processor, pieces)], added_tokens(folder), None
+    notes, added = [*unsaid(params, processor, pieces)], added_tokens(folder)
+    dim, n_layers, n_heads = params["dim"], params["n_layers"], params["n_heads"]
+    head_dim = dim // n_heads
+    sizes = {"D": dim, "Q": dim, "E": head_dim, "K": params.get("n_kv_heads", 0) * head_dim,
+             "F": params.get("hidden_dim", 0)}
+    sizes = {letter: n for letter, n in sizes.items() if n}     # the first part tells the others
     os.makedirs(out or folder, exist_ok=True)
 
     for files, output in zip(parts, outputs):
@@ -433,29 +420,25 @@ def convert(folder: str, ftype: int = 1, tokenizer: str | None = None, out: str 
             tensors |= (read_safetensors if path.endswith(".safetensors") else read_pickle)(path)
         if hugging_face:
             tensors = translate_names(where, tensors, params)
-        part = check_part(where, tensors, params, len(parts))
-        sizes, n = sizes or part, part["V"]
-        require(part == sizes, where, f"its sizes {part} are not those of the parts before it, "
-                                      f"{sizes}: of another model")
-        require(n >= len(pieces), where, f"tok_embeddings.weight has {n} rows, but {vocabulary} "
-                                         f"{len(pieces)} tokens: it is another model's")
-        more = [added.get(str(i), "") for i in range(len(pieces), n)]
-        header = Header(n, params["dim"], params["multiple_of"], params["n_heads"],
-                        params["n_layers"], params["dim"] // params["n_heads"], ftype)
-        texts = pieces + [text.encode(errors="replace") for text in more]
-        size += write_part(where, output, header, texts, tensors, hugging_face)
+        sizes = check_part(where, tensors, n_layers, sizes, len(parts))
+        rows = sizes["V"]
+        require(rows >= len(pieces), where, f"tok_embeddings.weight has {rows} rows, but "
+                f"{vocabulary} {len(pieces)} tokens: it is another model's")
+        more = [added.get(str(i), "").encode(errors="replace") for i in range(len(pieces), rows)]
+        multiple_of = params.get("multiple_of", 256)    # not needed: w1 tells F
+        header = Header(rows, dim, multiple_of, n_heads, n_layers, head_dim, ftype)
+        size += write_part(where, output, header, pieces + more, tensors, hugging_face)
         del tensors                                     # before the next: some cannot be mapped
     seconds, n = time.monotonic() - start, len(outputs) - len(kept)
     print(f"total: {n} file{'s' * (n > 1)}, {size / MB:.2f} MB in {seconds:.1f} s", flush=True)
     for note in notes:                                  # last, where it is seen
         tinyllama.log(f"warning: {note}")
-    if unnamed := more.count(""):
+    if unnamed := more.count(b""):
         tinyllama.log(f"warning: {unnamed} rows of tok_embeddings have no name in {vocabulary}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, 1 after an error (one line on stderr), 130 after Ctrl-C; argparse exits
-    with 2 for wrong usage."""
+    """The exit code, as of `tinyllama.exit_code`; argparse exits with 2 for wrong usage."""
     parser = argparse.ArgumentParser(
         prog="convert.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)

