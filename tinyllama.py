@@ -18,9 +18,9 @@ This file reads a model from disk, computes the function with numpy, and runs th
     Part III: the command line  11 Arguments   12 Text and conversation   13 Perplexity, a lesson,
                                 a benchmark
 
-Part I is complete: it leads from the bytes of a file of March 2023 to generated text. Only the
-weights are rounded, to 4 bits, in the file. llama.cpp, the original, rounded activations to 4 bits
-as well, and had one epsilon for all norms; here activations are float32, and the caller may say it.
+Part I is complete: it leads from the bytes of a file of March 2023 to generated text. The only
+rounding is in the file: weights to 4 bits. llama.cpp, the original, also rounded activations to 4
+bits, and fixed the norms' epsilon; here activations are float32, and the caller gives the epsilon.
 
 Letters in comments and docstrings stand for sizes:  T tokens in this call   V vocabulary
 D dim, the width of the residual stream   H query heads   K key/value heads   E width of a head
@@ -205,12 +205,12 @@ def unpack_neighbours(x: np.ndarray, zero: int = 0) -> Quants:
 
 # Plain numbers are kept as they are. A bfloat16 is the upper half of a float32: widening it is one
 # shift. numpy widens a float16 four times as slowly, since it may be subnormal. So a float16 w
-# below 128 is kept as 16 bits of the float32 w 2^-102: the sign, the low 5 of the exponent's 8, and
-# the high 10 of the mantissa. All others are zero: from 2^-24, the smallest float16, to 128, the
-# exponent's bits say 1 to 31. (A tile with larger weights is kept as float32.)
+# below 128 is kept as w 2^-102: a float32 whose exponent field is 1 to 31, 5 bits, and whose
+# mantissa has 10. With the sign these are 16 bits; the other 16 are zero. Such numbers widen by a
+# shift, and 2^102 goes into x. (A tile with larger weights is kept as float32.)
 
 UNIT = f32(2.0 ** 102)
-SIGN_COPIES = np.int32(0x70000000)                  # where int32 has copies of int16's sign
+SIGN_COPIES = np.int32(0x70000000)                  # in these bits << 13 leaves copies of the sign
 
 
 def unpack_numbers(x: np.ndarray) -> Quants:
@@ -299,13 +299,12 @@ TYPES = {"ggml": {0: F32, 1: F16, 2: Q4_0, 3: Q4_1}}       # of each container, 
 # -------------------------------------------------------------------------------------------------
 
 GGML_MAGIC = 0x67676D6C
-GGML_BOS, GGML_EOS = 1, 2                       # not in the file: the tokenizers of its time
+GGML_BOS, GGML_EOS = 1, 2                       # not in the file: fixed in sentencepiece
 UNKNOWN_PIECE = " \u2047 ".encode()             # the text of the unknown token
 MAX_TOKENS, MAX_LAYERS = 1 << 19, 1 << 12       # a file that claims more is damaged
 
-# The tensors of a model: the sizes of the axes (in these strings, Q stands for H E and K for K E,
-# the rows of wq and wk), and the axis along which Meta's parts split the tensor (None: each part
-# has all of it).
+# The tensors of a model: the sizes of the axes (here, Q and K are the rows of wq and wk, H E and
+# K E), and the axis along which Meta's parts split the tensor (None: each part has all of it).
 MODEL_TENSORS = {
     "tok_embeddings.weight": ("VD", 1),
     "norm.weight": ("D", None),
@@ -368,7 +367,7 @@ class Header(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies: (path, offset) of each part, in order along `axis` of the whole."""
+    """Where a tensor lies: (path, offset) of each part. In this order they fill `axis`."""
     name: str
     type: Type
     shape: tuple[int, ...]
@@ -583,7 +582,8 @@ def write_ggml_tensor_header(f: BinaryIO, name: str, kind: Type, shape: Sequence
 def replacing(path: str) -> Iterator[BinaryIO]:
     """A file to write. It takes the name `path` when it is complete and on disk, else vanishes.
 
-    A killed process leaves `path.<its number>.tmp`; the next one to write `path` removes it.
+    Ctrl-C, SIGTERM and errors remove it. Only a process that is killed outright leaves it, as
+    `path.<its number>.tmp`, and the next one to write `path` removes that.
     """
     path = os.fspath(path)
     require(os.path.isfile(path) or not os.path.exists(path), path, "not a file")
@@ -610,7 +610,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 #
 # Nearly all of the time is spent here: a token of a 7B model takes 6.6 billion multiplications.
 # `product` is the definition of what is computed (and what the tests compare with). It makes all of
-# W float32 first, in six times the memory. The same straight from the 4-bit numbers follows.
+# W float32 first, in six times the memory. What follows multiplies by the 4-bit numbers directly.
 # -------------------------------------------------------------------------------------------------
 
 def product(x: np.ndarray, quants: Quants) -> np.ndarray:
@@ -619,8 +619,8 @@ def product(x: np.ndarray, quants: Quants) -> np.ndarray:
 
 
 # BLAS knows no 4-bit numbers, so each n has to become a float32. The cheapest way is numpy's plain
-# cast from uint8. A byte holds two n, b = lo + 16 hi. A mask takes lo out of it, and hi would need
-# a shift as well; but b itself will do instead of hi, since
+# cast from uint8. A byte holds two n, b = lo + 16 hi: lo needs a mask, and hi a shift. But b itself
+# can replace hi, since
 #
 #     lo x_lo + hi x_hi  =  lo (x_lo - x_hi / 16)  +  b (x_hi / 16)
 #
@@ -630,19 +630,20 @@ def product(x: np.ndarray, quants: Quants) -> np.ndarray:
 #
 #     W x  =  sum over k of   d[k] (X[k] . f[k])  +  (m[k] - zero d[k]) sum(x[k])
 #
-# A matrix is stored in tiles of a few thousand rows: so a call of numpy does much, and its numbers
-# stay in the cache. A tile is multiplied in one of two ways:
+# A matrix is stored in tiles of a few thousand rows: so that one call of numpy does much work, and
+# what it widens stays in the cache. A tile is multiplied in one of two ways:
 #
 #     few tokens     Making f costs more than multiplying it. Some blocks of all rows are widened
-#                    into memory that stays in the cache, multiplied, and scaled by d at the end:
-#                    once for 32 weights. The second term is a small product of its own.
+#                    into memory that stays in the cache, and multiplied. Then d scales the sums:
+#                    one multiplication for 32 weights. The second term is a small product.
 #     many tokens    Multiplying costs more, and BLAS does it best in one large product. All blocks
 #                    of some rows are widened, d, zero and m are applied in place, and X multiplies
-#                    the result. In its second half, b = lo + 16 hi, zero and m count 17 times.
+#                    the result. What is added to each n must be added 17 times to b = lo + 16 hi.
 #
 # Several threads share a matrix: each job is some blocks (few tokens) or some rows (many tokens) of
-# a tile. Jobs depend on the shapes of W and x alone, and what they make is added in a fixed order:
-# the number of threads never changes a bit of the result. (The number of tokens in a call may.)
+# a tile. Jobs, here and in chapter 4, depend on shapes and types alone, and what they make is added
+# in a fixed order: so the number of threads never changes a bit of the result. (The number of
+# tokens in a call may.)
 
 TILE_ROWS = 5500            # about the rows of a tile
 WIDE = 1 << 19              # numbers that are widened in one call: 2 MB of float32
@@ -760,8 +761,8 @@ class Threads:
             np.seterr, over="ignore", invalid="ignore"))
 
     def run(self, jobs: list[Callable[[], object]], multiplications: float = math.inf) -> None:
-        """Do all jobs, alone if they are SMALL. After an exception nobody begins another job, and
-        it is raised here."""
+        """Do all jobs; the caller does them alone if they are fewer multiplications than SMALL.
+        After an exception nobody begins another job, and it is raised here."""
         todo = deque([*jobs, *[None] * self.n])     # a thread that takes None is done
 
         def drain() -> None:
@@ -959,7 +960,7 @@ class Model(NamedTuple):
     tok_embeddings: Matrix          # [V, D]
     layers: list[Layer]
     norm: np.ndarray                # [D]
-    output: Matrix                  # [V, D]; where they are tied, of the same tensor
+    output: Matrix                  # [V, D]; of the same tensor where the two are tied
     metadata: dict                  # what else the file says
 
 
@@ -1016,8 +1017,8 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return x
 
 
-CHUNK = 128                     # tokens of a prompt that are worked on together
-FUTURE = np.triu(np.full((CHUNK, CHUNK), -np.inf, f32), 1)      # the mask of a chunk
+CHUNK = 128                     # tokens of a prompt that attend together, each chunk up to its end:
+FUTURE = np.triu(np.full((CHUNK, CHUNK), -np.inf, f32), 1)      # only its own can be in the future
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -1041,7 +1042,7 @@ def attention(x: np.ndarray, layer: Layer, model: Model, rotation: np.ndarray, c
               index: int) -> np.ndarray:
     """x [T, D] -> wo(attend(q, k, v)) [T, D], where q, k and v are wq x, wk x and wv x.
 
-    A prompt is attended to in chunks, each up to its own end, and by several threads.
+    The tokens of a prompt are cut into chunks, which several threads share.
     """
     h, n_tokens = model.hyper, len(x)
     qkv, n_turned = layer.wqkv(x).reshape(n_tokens, -1, h.head_dim), h.n_heads + h.n_kv_heads
@@ -1121,8 +1122,8 @@ def forward(model: Model, tokens: Sequence[int], cache: Cache, last: bool = True
 #     t h e n   ->   t he n   ->   the n   ->   then   ->   its number
 #
 # LLaMA's tokenizer is that of sentencepiece. A pair ranks as the piece that it makes. The space in
-# front of a word belongs to the word, so a text gets one in front of its first. Characters that are
-# no piece become bytes: there is a token for each of the 256, so any text can be written.
+# front of a word belongs to the word, so a space is put in front of a text. Characters that are no
+# piece become bytes: there is a token for each of the 256, so any text can be written.
 # -------------------------------------------------------------------------------------------------
 
 Rank = Callable[[bytes, bytes], "float | None"]
@@ -1192,8 +1193,8 @@ class Tokenizer:
                ) -> list[int]:
         """The tokens of a text; with `bos`, after the token that begins one, if there is any.
 
-        With `special`, names of control tokens in the text become these tokens. Without
-        `prefix`, the text goes on after another, so it gets no space in front.
+        With `special`, names of control tokens in the text become these tokens, and after each a
+        text begins anew. Without `prefix`, the text goes on after another: no space in front.
         """
         text = text.encode("utf-8", "replace").decode()         # unpaired surrogates become '?'
         tokens = [*self.beginning] if bos else []
@@ -1261,13 +1262,13 @@ class LlamaTokenizer(Tokenizer):
 def ggml_tokenizer(pieces: list[bytes]) -> LlamaTokenizer:
     """The tokenizer of a ggml file, which holds the pieces alone, without scores.
 
-    Sentencepiece numbers pieces by rank, but pieces of spaces alone rank last, all equal. Where
-    two tokens have the same single byte, the first is the byte token, and the other the piece.
+    Ids are ranks, except that pieces of spaces alone come last, all equal. Where two tokens have
+    the same single byte, the first is the byte token, and the other the piece.
 
     Sentencepiece's own order is: control tokens, user-defined pieces, the tokens of bytes 0 to 255,
     then what training found. So a piece in front of byte 0 is user-defined. Pieces that were added
-    later, such as the <|im_start|> of a fine-tuned model, stand at the end: there, the file tells
-    user-defined ones neither from control tokens nor from others, and they are merged like others.
+    later, such as the <|im_start|> of a fine-tuned model, stand at the end. The file does not tell
+    what they are, so they are merged like others, also where a user types them.
     """
     ids = {piece: i for i, piece in enumerate(pieces) if piece and piece != UNKNOWN_PIECE}
     byte_ids = {piece[0]: i for i, piece in reversed([*enumerate(pieces)]) if len(piece) == 1}
@@ -1288,7 +1289,7 @@ def ggml_tokenizer(pieces: list[bytes]) -> LlamaTokenizer:
 # positive logit is divided by the penalty, a negative one multiplied. Without this, small models
 # loop. (3) The top_k largest stay, and softmax makes probabilities of them. (4) The smallest set
 # stays that reaches top_p (Holtzman et al. 2020), without tokens below min_p times the largest.
-# Each token outside is improbable, but together they would lead the text astray, one in twenty.
+# Each token outside is improbable, but together, at 0.95, they would be drawn once in twenty times.
 # -------------------------------------------------------------------------------------------------
 
 DAMAGED = "the model computed NaN or infinity: its file is damaged"
@@ -1301,7 +1302,8 @@ def candidates(logits: np.ndarray, recent: Sequence[int], temp: float = 0.8, top
     """The tokens that may come next, the likeliest first, and their probabilities (float64).
 
     logits [V] float32. A `top_k` of 0 or less keeps all. At temp 0, the largest logit after the
-    penalty has probability 1. Raises ModelError if a logit is NaN.
+    penalty has probability 1. Raises ModelError if a logit is NaN
+    or infinite.
     """
     greedy = temp < 1e-6
     scores = logits.copy() if greedy else logits / f32(temp)
@@ -1441,7 +1443,7 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
             read_vector(t["attention_norm"]), matrix(t["wq"], t["wk"], t["wv"]), matrix(t["wo"]),
             read_vector(t["ffn_norm"]), matrix(t["w1"], t["w3"]), matrix(t["w2"])))
 
-    np.empty(sum(m.nbytes for m in matrices), np.uint8)         # MemoryError now or not at all
+    np.empty(sum(m.nbytes for m in matrices), np.uint8)         # too little memory: better told now
     done, lock = 0, threading.Lock()
 
     def read(m: Matrix) -> None:
@@ -1676,7 +1678,7 @@ def open_gguf(path: str, *_) -> Opened:
     check_shapes(path, {name: tensor.shape for name, tensor in tensors.items()}, n_layers,
                  {"V": n_vocab, "D": dim, "Q": n_heads * head_dim, "E": head_dim,
                   "K": n_kv_heads * head_dim, "F": ffn_dim}, optional=["output.weight"])
-    factors = np.full(rotated // 2, factor)         # no sooner: `rotated` might be any number
+    factors = np.full(rotated // 2, factor)         # now that check_shapes has bounded `rotated`
     if rope_freqs:
         check(rope_freqs.type is F32 and rope_freqs.shape == factors.shape,
               f"tensor 'rope_freqs.weight' is not {len(factors)} float32 numbers")
@@ -1879,8 +1881,8 @@ def gguf_tokenizer(metadata: Metadata) -> Tokenizer:
     ids, special = of_kind(pieces, NORMAL, UNUSED), of_kind(names, CONTROL)
     user_defined = of_kind([piece.decode("utf-8", "replace") for piece in pieces], USER_DEFINED)
 
-    # What llama.cpp assumes if a file does not say: 1 and 2 for sentencepiece, else 11 for both,
-    # Falcon's <|endoftext|>. Elsewhere 11 is a comma, which neither begins nor ends a text.
+    # llama.cpp's defaults: 1 and 2 for sentencepiece, else 11 for both, which is Falcon's
+    # <|endoftext|>. Where 11 is no control token (it may be a comma), there are none.
     falcon = 11 if types[11:12] == [CONTROL] else -1
     bos, eos = (1, 2) if model == "llama" else (falcon, falcon)
     shared = {"pieces": pieces, "ids": ids, "special": special, "user_defined": user_defined,
