@@ -61,7 +61,7 @@ def find_parts(folder: str) -> list[list[str]]:
 
 
 def read_bytes(path: str, n: int = -1) -> bytes:
-    """A file, or its first n bytes. ModelError if it is a web page or a Git LFS pointer."""
+    """A file, or its first n bytes. ModelError if it is empty, a web page or a Git LFS pointer."""
     with open(path, "rb") as f:
         data = f.read(n)
     tinyllama.refuse(path, data, tinyllama.FAILED_DOWNLOADS)
@@ -85,7 +85,7 @@ HARMLESS = {"tied", "vocab_size", "ffn_dim_multiplier", "max_seq_len", "max_batc
 
 
 def check_params(path: str, params: dict, words: dict[str, str] = dict(zip(WORDS, WORDS))) -> dict:
-    """params.json, checked; what is null counts as absent. `words` are those of another file."""
+    """params.json, checked; what is null counts as absent. Errors call its keys by `words`."""
     params = {key: value for key, value in params.items() if value is not None}
     for key, word in words.items():
         require(key in params or key not in ("dim", "n_layers", "n_heads"), path,
@@ -152,6 +152,9 @@ def read_pickle(path: str) -> Tensors:
 # One difference is in the numbers. RoPE turns pairs of a head's E numbers: Meta pairs 2i with
 # 2i + 1, Hugging Face i with i + E/2. So the rows of wq and wk, which make these numbers, are
 # reordered: from each head we take row 0, E/2, 1, E/2 + 1, 2, ...
+#
+# LLaMA and Mistral can be converted, with a sentencepiece tokenizer.model, without biases and
+# without RoPE scaling. CONFIG lists what else config.json must say or leave out.
 # -------------------------------------------------------------------------------------------------
 
 CONFIG = {                                  # what config.json says of a model that ggml can hold
@@ -345,25 +348,25 @@ def check_part(where: str, tensors: Tensors, n_layers: int, sizes: dict[str, int
 
 
 def write_part(where: str, out: str, header: Header, pieces: list[bytes], tensors: Tensors,
-               halves: bool) -> int:
+               hugging_face: bool) -> int:
     """Write the ggml file `out`, with a line on stdout for each tensor; return its size in bytes.
-    Vectors are always float32. With `halves`, rows of wq and wk are in Hugging Face's order."""
+    Vectors are always float32. With `hugging_face`, the rows of wq and wk are reordered."""
     print(f"{os.path.basename(where)} -> {os.path.basename(out)}", flush=True)
     with tinyllama.replacing(out) as f:
         tinyllama.write_ggml_header(f, header, pieces)
         for name, tensor in tensors.items():
             kind = tinyllama.TYPES["ggml"][header.ftype] if tensor.ndim == 2 else F32
             tinyllama.write_ggml_tensor_header(f, name, kind, tensor.shape)
-            order = np.arange(len(tensor))
-            if halves and name.endswith(("wq.weight", "wk.weight")):
+            order = np.arange(len(tensor))              # of rows; only a chunk at a time is copied
+            if hugging_face and name.endswith(("wq.weight", "wk.weight")):
                 order = order.reshape(-1, 2, header.rot // 2).swapaxes(1, 2).ravel()
             step = max(1, CHUNK * len(tensor) // tensor.size)
             for i in range(0, len(tensor), step):
                 old = tensor[order[i:i + step]]
                 if old.dtype == BF16.dtype:             # it is the upper half of a float32
                     old = (old.astype("<u4") << 16).view("<f4")
-                with np.errstate(over="ignore"):        # rounds to nearest, halves to even
-                    new = old.astype(kind.dtype, copy=False)
+                with np.errstate(over="ignore"):
+                    new = old.astype(kind.dtype, copy=False)    # to nearest, halves to even
                 require(finite(old), where, f"tensor '{name}' has NaN or infinity: damaged")
                 require(finite(new), where,
                         f"tensor '{name}' has values that float16 cannot hold: use ftype 0")
@@ -406,7 +409,7 @@ def convert(folder: str, ftype: int = 1, tokenizer: str | None = None, out: str 
     notes, added = [*unsaid(params, processor, pieces)], added_tokens(folder)
     dim, n_layers, n_heads = params["dim"], params["n_layers"], params["n_heads"]
     head_dim = dim // n_heads
-    sizes = {"D": dim, "Q": dim, "E": head_dim, "K": params.get("n_kv_heads", 0) * head_dim,
+    sizes = {"D": dim, "q": dim, "E": head_dim, "k": params.get("n_kv_heads", 0) * head_dim,
              "F": params.get("hidden_dim", 0)}
     sizes = {letter: n for letter, n in sizes.items() if n}     # the first part tells the others
     os.makedirs(out or folder, exist_ok=True)

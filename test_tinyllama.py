@@ -1352,7 +1352,7 @@ def test_torch_matrix(folder, changes, seed, parts, cols, n_tokens, is_few):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tinyllama, "find_kernel", lambda: kernel)
         patch.setattr(tinyllama, "MANY_TOKENS", 100 if is_few else 3)
-        patch.setattr(tinyllama, "UNPACKED_ROWS", 64)
+        patch.setattr(tinyllama, "WIDE_ROWS", 64)
         check_kernel(folder / "torch", stored, n_tokens, rng)
 
 

@@ -82,7 +82,8 @@ os.environ.update(_before)
 # it has seen one as large freed before. Freeing 8 MB once raises that limit.
 np.empty(8 << 20, np.uint8)
 
-# A damaged model may compute infinities. `candidates` refuses them; numpy need not warn before.
+# NaN in weights is refused when they are read (`Matrix.read`, `read_vector`). What overflows later
+# is refused by `candidates` and `perplexity`; numpy need not warn before.
 ignore_overflow = np.errstate(over="ignore", invalid="ignore")
 f32 = np.float32
 
@@ -230,7 +231,7 @@ def nibbles(q: np.ndarray) -> np.ndarray:
     return np.concatenate([q & 15, q >> 4], axis=-2)
 
 
-def numbers(q: np.ndarray) -> np.ndarray:
+def as_float32(q: np.ndarray) -> np.ndarray:
     """The n of a Quants: [B, size, rows] float32."""
     if q.dtype == np.uint8:
         q = nibbles(q)
@@ -244,7 +245,7 @@ def numbers(q: np.ndarray) -> np.ndarray:
 def weights(quants: Quants) -> np.ndarray:
     """w = d * (n - zero) + m, as a matrix of float32 [rows, cols]."""
     q, d, m, zero = quants
-    w = numbers(q)
+    w = as_float32(q)
     if d is not None:
         w = d[:, None] * (w - f32(zero))
     if m is not None:
@@ -262,7 +263,7 @@ def dequantize(blocks: np.ndarray) -> np.ndarray:
     return weights(quants).reshape(*blocks.shape[:-1], -1)
 
 
-def block(name: str, per_record: int, unpack: Callable, *fields: tuple) -> Type:
+def block_type(name: str, per_record: int, unpack: Callable, *fields: tuple) -> Type:
     """A quantized type, with the fields of its records."""
     return Type(name, np.dtype(list(fields)), per_record, unpack)
 
@@ -270,8 +271,8 @@ def block(name: str, per_record: int, unpack: Callable, *fields: tuple) -> Type:
 F32 = Type("f32", np.dtype("<f4"), 1, unpack_numbers)
 F16 = Type("f16", np.dtype("<f2"), 1, unpack_float16)
 BF16 = Type("bf16", np.dtype("<u2"), 1, unpack_numbers)
-Q4_0 = block("q4_0", 32, partial(unpack_neighbours, zero=8), ("d", "<f4"), ("q", "u1", 16))
-Q4_1 = block("q4_1", 32, unpack_neighbours, ("d", "<f4"), ("m", "<f4"), ("q", "u1", 16))
+Q4_0 = block_type("q4_0", 32, partial(unpack_neighbours, zero=8), ("d", "<f4"), ("q", "u1", 16))
+Q4_1 = block_type("q4_1", 32, unpack_neighbours, ("d", "<f4"), ("m", "<f4"), ("q", "u1", 16))
 
 TYPES = {"ggml": {0: F32, 1: F16, 2: Q4_0, 3: Q4_1}}       # of each container, by number
 
@@ -303,18 +304,18 @@ GGML_BOS, GGML_EOS = 1, 2                       # not in the file: fixed in sent
 UNKNOWN_PIECE = " \u2047 ".encode()             # the text of the unknown token
 MAX_TOKENS, MAX_LAYERS = 1 << 19, 1 << 12       # a file that claims more is damaged
 
-# The tensors of a model: the sizes of the axes (here, Q and K are the rows of wq and wk, H E and
-# K E), and the axis along which Meta's parts split the tensor (None: each part has all of it).
+# The tensors of a model: the sizes of the axes (q and k are the rows of wq and wk: H E and K E),
+# and the axis along which Meta's parts split the tensor (None: each part has all of it).
 MODEL_TENSORS = {
     "tok_embeddings.weight": ("VD", 1),
     "norm.weight": ("D", None),
     "output.weight": ("VD", 0),
 }
 LAYER_TENSORS = {
-    "layers.{}.attention.wq.weight": ("QD", 0),
-    "layers.{}.attention.wk.weight": ("KD", 0),
-    "layers.{}.attention.wv.weight": ("KD", 0),
-    "layers.{}.attention.wo.weight": ("DQ", 1),
+    "layers.{}.attention.wq.weight": ("qD", 0),
+    "layers.{}.attention.wk.weight": ("kD", 0),
+    "layers.{}.attention.wv.weight": ("kD", 0),
+    "layers.{}.attention.wo.weight": ("Dq", 1),
     "layers.{}.feed_forward.w1.weight": ("FD", 0),
     "layers.{}.feed_forward.w2.weight": ("DF", 1),
     "layers.{}.feed_forward.w3.weight": ("FD", 0),
@@ -334,13 +335,13 @@ def check_shapes(where: str, shapes: dict[str, tuple[int, ...]], n_layers: int,
                  ) -> dict[str, int]:
     """Raise ModelError unless these are the shapes of a model (of one part, if it has several).
 
-    `sizes` gives V, D, Q, E and, if they are known, K and F. Returns all six.
+    `sizes` gives V, D, q, E and, if they are known, k and F. Returns all six.
     """
     wanted = architecture(n_layers)
     for name in sorted((wanted.keys() ^ shapes.keys()) - set(optional)):
         reason = "is missing" if name in wanted else f"is not one of a LLaMA with {n_layers} layers"
         raise ModelError(f"{where}: tensor '{name}' {reason}")
-    sizes = {"K": shapes["layers.0.attention.wk.weight"][0] * parts,
+    sizes = {"k": shapes["layers.0.attention.wk.weight"][0] * parts,
              "F": shapes["layers.0.feed_forward.w1.weight"][0] * parts, **sizes}
     for name, shape in shapes.items():
         letters, axis = wanted[name]
@@ -349,9 +350,9 @@ def check_shapes(where: str, shapes: dict[str, tuple[int, ...]], n_layers: int,
         require(list(shape) == split and (axis is None or whole[axis] % parts == 0), where,
                 f"tensor '{name}' has the shape {list(shape)}; this model needs {split}"
                 + (f" in each of {parts} parts" if parts > 1 else ""))
-    heads, kv_heads = sizes["Q"] // sizes["E"], sizes["K"] // sizes["E"]
-    require(sizes["K"] % sizes["E"] == 0 and heads % kv_heads == 0, where,
-            f"{heads} query heads of {sizes['E']} cannot share the {sizes['K']} rows of wk")
+    heads, kv_heads = sizes["q"] // sizes["E"], sizes["k"] // sizes["E"]
+    require(sizes["k"] % sizes["E"] == 0 and heads % kv_heads == 0, where,
+            f"{heads} query heads of {sizes['E']} cannot share the {sizes['k']} rows of wk")
     return sizes
 
 
@@ -498,7 +499,7 @@ def read_ggml(path: str) -> tuple[Header, list[bytes], dict[str, Tensor], dict[s
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     parts = count_parts(shapes, dim)
     sizes = check_shapes(r.path, shapes, n_layers,
-                         {"V": n_vocab, "D": dim, "Q": dim, "E": rot}, parts)
+                         {"V": n_vocab, "D": dim, "q": dim, "E": rot}, parts)
     return header, pieces, tensors, {**sizes, "parts": parts}
 
 
@@ -561,7 +562,7 @@ def read_vector(tensor: Tensor) -> np.ndarray:
     require(tensor.type.per_record == 1, path,
             f"tensor '{tensor.name}' is {tensor.type.name}, where plain numbers are wanted")
     [(_, records)] = read_rows(tensor)
-    vector = numbers(records[0])
+    vector = as_float32(records[0])
     require(np.isfinite(vector).all(), path, f"tensor '{tensor.name}' holds NaN or infinity")
     return vector
 
@@ -630,8 +631,9 @@ def product(x: np.ndarray, quants: Quants) -> np.ndarray:
 #
 #     W x  =  sum over k of   d[k] (X[k] . f[k])  +  (m[k] - zero d[k]) sum(x[k])
 #
-# A matrix is stored in tiles of a few thousand rows: so that one call of numpy does much work, and
-# what it widens stays in the cache. A tile is multiplied in one of two ways:
+# The rows are the last axis, so that one call of numpy does a block for all rows of a tile. A tile
+# has about 5,500 rows, so that some blocks of it fit into the cache as float32. It is multiplied in
+# one of two ways:
 #
 #     few tokens     Making f costs more than multiplying it. Some blocks of all rows are widened
 #                    into memory that stays in the cache, and multiplied. Then d scales the sums:
@@ -647,9 +649,9 @@ def product(x: np.ndarray, quants: Quants) -> np.ndarray:
 
 TILE_ROWS = 5500            # about the rows of a tile
 WIDE = 1 << 19              # numbers that are widened in one call: 2 MB of float32
-FEW_TOKENS = 20, 36         # up to here `few` is faster: with less than 2,048 columns, with more
+FEW_TOKENS = 20, 36         # up to here `few` is faster: below 2,048 columns, and from there
 MANY_ROWS = 256, 768        # rows that `many` widens at a time: below 128 tokens, and from there
-JOBS = 8                    # about the jobs of a large matrix
+JOBS = 8                    # about the jobs of a large matrix and few tokens
 SMALL = 1 << 21             # multiplications that take less time than waking a thread
 
 MASKS = np.array([[15], [255]], np.uint8)[..., None]
@@ -683,10 +685,11 @@ def widen(q: np.ndarray, out: np.ndarray) -> None:
         np.copyto(out, q)
 
 
-def few(x: np.ndarray, sums: np.ndarray, quants: Quants, out: np.ndarray) -> None:
-    """Add the product of some blocks to out [T, rows]. x [T, B, size], sums [T, B]."""
+def few(X: np.ndarray, sums: np.ndarray, quants: Quants, out: np.ndarray) -> None:
+    """Add the product of some blocks to out [T, rows]. X [T, B, size], sums [T, B]:
+    what `split` makes."""
     q, d, m, zero = quants
-    (n_tokens, n_blocks, size), rows = x.shape, q.shape[-1]
+    (n_tokens, n_blocks, size), rows = X.shape, q.shape[-1]
     step = ceil_div(n_blocks, ceil_div(n_blocks * size * rows, WIDE))
     for a in range(0, n_blocks, step):
         b = min(a + step, n_blocks)
@@ -695,9 +698,9 @@ def few(x: np.ndarray, sums: np.ndarray, quants: Quants, out: np.ndarray) -> Non
             f = scratch("f", b - a, size, rows)
             widen(q[a:b], f)
         if d is None:
-            out += x[:, a:b, 0] @ f[:, 0]
+            out += X[:, a:b, 0] @ f[:, 0]
         else:
-            x_blocks = x[:, a:b].swapaxes(0, 1)
+            x_blocks = X[:, a:b].swapaxes(0, 1)
             p = np.matmul(x_blocks, f, out=scratch("p", b - a, n_tokens, rows))
             out += np.einsum("btr,br->tr", p, d[a:b])
     if zero:
@@ -706,13 +709,13 @@ def few(x: np.ndarray, sums: np.ndarray, quants: Quants, out: np.ndarray) -> Non
         out += sums @ m
 
 
-def many(x: np.ndarray, quants: Quants, out: np.ndarray) -> None:
-    """out [T, rows] = the product of some rows. x [T, cols], as `split` makes it."""
+def many(X: np.ndarray, quants: Quants, out: np.ndarray) -> None:
+    """out [T, rows] = the product of some rows. X [T, cols], flat."""
     q, d, m, zero = quants
     n_blocks, rows = len(q), q.shape[-1]
     w = q
     if q.dtype != f32:
-        size = x.shape[1] // n_blocks
+        size = X.shape[1] // n_blocks
         w = scratch("f", n_blocks, size, rows)
         one = ONE if q.dtype == np.uint8 else 1
         step = max(1, WIDE // (size * rows))
@@ -725,7 +728,7 @@ def many(x: np.ndarray, quants: Quants, out: np.ndarray) -> None:
                 w[a:b] *= d[a:b, None]
             if m is not None:
                 w[a:b] += m[a:b, None] * one
-    np.matmul(x, w.reshape(-1, rows), out=out)
+    np.matmul(X, w.reshape(-1, rows), out=out)
 
 
 _scratch = threading.local()
@@ -785,7 +788,7 @@ class Threads:
 
 def is_finite(quants: Quants) -> bool:
     q, d, m, _ = quants
-    return all(np.isfinite(a).all() for a in ((numbers(q),) if d is None else (d, m))
+    return all(np.isfinite(a).all() for a in ((as_float32(q),) if d is None else (d, m))
                if a is not None)
 
 
@@ -846,10 +849,10 @@ class Matrix:
             a, b = max(row, rows.start), min(row + new.q.shape[-1], rows.stop)
             if a < b:
                 if new.q.dtype == f32 != tile.q.dtype:              # a large float16: rare
-                    tile = Quants(numbers(tile.q))
+                    tile = Quants(as_float32(tile.q))
                     self.tiles[i] = rows, tile
                 if new.q.dtype != tile.q.dtype:
-                    new = Quants(numbers(new.q))
+                    new = Quants(as_float32(new.q))
                 for mine, array in zip(tile[:3], new[:3]):
                     if mine is not None:
                         mine[..., a - rows.start:b - rows.start] = array[..., a - row:b - row]
@@ -871,21 +874,21 @@ class Matrix:
     def multiply(self, x: np.ndarray) -> np.ndarray:
         n_tokens, is_few = len(x), len(x) <= FEW_TOKENS[self.cols >= 2048]
         out = np.zeros((self.splits if is_few else 1, n_tokens, self.rows), f32)
-        inputs: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+        inputs: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}     # X and sums for a kind of tile
         jobs: list[Callable[[], None]] = []
         for rows, tile in self.tiles:
             n_blocks, kind = len(tile.q), (tile.q.dtype, len(tile.q))
             if kind not in inputs:
                 inputs[kind] = split(x, tile)
-            parts, sums = inputs[kind]
+            X, sums = inputs[kind]
             if is_few:
                 cuts = [n_blocks * i // self.splits for i in range(self.splits + 1)]
-                jobs += [partial(few, parts[:, a:b], sums[:, a:b], part(tile, slice(a, b)),
+                jobs += [partial(few, X[:, a:b], sums[:, a:b], part(tile, slice(a, b)),
                                  y[:, rows]) for y, a, b in zip(out, cuts, cuts[1:])]
             else:
                 n = rows.stop - rows.start
                 height = ceil_div(n, 4 * ceil_div(n, 4 * MANY_ROWS[n_tokens >= 128]))
-                jobs += [partial(many, parts.reshape(n_tokens, -1),
+                jobs += [partial(many, X.reshape(n_tokens, -1),
                                  part(tile, rows=slice(a, a + height)),
                                  out[0, :, rows][:, a:a + height]) for a in range(0, n, height)]
         self.threads.run(jobs, x.size * self.rows)
@@ -968,7 +971,7 @@ class Cache:
     """Keys and values of the `length` positions so far: a layer has [2, K, capacity, E] float32.
 
     Each layer appends its keys and values; `forward` then advances `length`. To rewind, reduce
-    it. The capacity grows with the text, up to n_ctx.
+    `length`. The capacity grows with the text, up to n_ctx.
     """
 
     def __init__(self, model: Model, n_ctx: int = 512):
@@ -1085,7 +1088,8 @@ def feed_forward(x: np.ndarray, layer: Layer, threads: Threads) -> np.ndarray:
 def forward(model: Model, tokens: Sequence[int], cache: Cache, last: bool = True) -> np.ndarray:
     """The logits after `tokens`, which follow those in the cache: float32 [V].
 
-    With last=False, the logits after each of them, [T, V]. Raises ValueError if there are no
+    Then only the last token goes on after the attention of the last layer. With last=False, all
+    do, and the logits after each of them come back, [T, V]. Raises ValueError if there are no
     tokens, one is not in the vocabulary, or they do not fit into the cache.
     """
     ids = np.asarray(tokens, np.int64)
@@ -1186,7 +1190,7 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         self.ends = {*self.ends, self.eos} - {None}
-        self.beginning = [self.bos] if self.add_bos and self.bos is not None else []
+        self.opening = [self.bos] if self.add_bos and self.bos is not None else []
         self.encode_word = lru_cache(maxsize=1 << 14)(self.encode_word)
 
     def encode(self, text: str, bos: bool = False, special: bool = False, prefix: bool = True
@@ -1197,7 +1201,7 @@ class Tokenizer:
         text begins anew. Without `prefix`, the text goes on after another: no space in front.
         """
         text = text.encode("utf-8", "replace").decode()         # unpaired surrogates become '?'
-        tokens = [*self.beginning] if bos else []
+        tokens = [*self.opening] if bos else []
         for part in split_names(text, self.special) if special else [text]:
             if special and part in self.special:
                 tokens.append(self.special[part])
@@ -1398,7 +1402,7 @@ Opened = tuple[Hyperparameters, Tokenizer, dict[str, Tensor], dict]
 
 def open_ggml(path: str, norm_eps: float, rope_freq_base: float) -> Opened:
     header, pieces, tensors, sizes = read_ggml_parts(path)
-    hyper = Hyperparameters(header.dim, header.n_layers, header.n_heads, sizes["K"] // header.rot,
+    hyper = Hyperparameters(header.dim, header.n_layers, header.n_heads, sizes["k"] // header.rot,
                             header.rot, sizes["F"], header.n_vocab, norm_eps,
                             rope_frequencies(header.rot, rope_freq_base))
     return hyper, ggml_tokenizer(pieces), tensors, {}
@@ -1434,7 +1438,7 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
     tok_embeddings = matrix(tensors["tok_embeddings.weight"], kind=Matrix)  # its rows are looked up
     if "output.weight" in tensors:
         output = matrix(tensors["output.weight"])
-    else:
+    else:                                           # tied: but packed rows cannot be looked up
         output = tok_embeddings if backend == "numpy" else matrix(tensors["tok_embeddings.weight"])
     layers = []
     for i in range(hyper.n_layers):
@@ -1501,7 +1505,11 @@ def unpack_q5(x: np.ndarray, zero: int = 0) -> Quants:
 
 
 def unpack_k(x: np.ndarray) -> Quants:
-    """Q4_K and Q5_K."""
+    """Q4_K and Q5_K: 8 blocks of 32, with d = d scale and m = -m minimum.
+
+    Of the 6-bit numbers, bytes 0 to 3 are scales 0 to 3, and bytes 4 to 7 minima 0 to 3. Numbers 4
+    to 7 are the nibbles of bytes 8 to 11 (scales low) and the two spare bits of bytes 0 to 7.
+    """
     q, s = rows_last(x["q"]), rows_last(x["scales"])
     n_records, _, rows = q.shape
     a, b, c = s[:, 0:4], s[:, 4:8], s[:, 8:12]
@@ -1532,14 +1540,14 @@ _D, _M, _Q, _K = ("d", "<f2"), ("m", "<f2"), ("q", "u1", 16), ("q", "u1", 128)
 _K_SCALES = _D, _M, ("scales", "u1", 12)
 GGUF_TYPES = TYPES["GGUF"] = {
     0: F32, 1: F16, 30: BF16,
-    2: block("Q4_0", 32, partial(unpack_in_order, zero=8), _D, _Q),
-    3: block("Q4_1", 32, unpack_in_order, _D, _M, _Q),
-    6: block("Q5_0", 32, partial(unpack_q5, zero=16), _D, ("h", "u1", 4), _Q),
-    7: block("Q5_1", 32, unpack_q5, _D, _M, ("h", "u1", 4), _Q),
-    8: block("Q8_0", 32, unpack_in_order, _D, ("q", "i1", 32)),
-    12: block("Q4_K", 256, unpack_k, *_K_SCALES, _K),
-    13: block("Q5_K", 256, unpack_k, *_K_SCALES, ("h", "u1", 32), _K),
-    14: block("Q6_K", 256, unpack_q6_k, ("low", "u1", 128), ("high", "u1", 64),
+    2: block_type("Q4_0", 32, partial(unpack_in_order, zero=8), _D, _Q),
+    3: block_type("Q4_1", 32, unpack_in_order, _D, _M, _Q),
+    6: block_type("Q5_0", 32, partial(unpack_q5, zero=16), _D, ("h", "u1", 4), _Q),
+    7: block_type("Q5_1", 32, unpack_q5, _D, _M, ("h", "u1", 4), _Q),
+    8: block_type("Q8_0", 32, unpack_in_order, _D, ("q", "i1", 32)),
+    12: block_type("Q4_K", 256, unpack_k, *_K_SCALES, _K),
+    13: block_type("Q5_K", 256, unpack_k, *_K_SCALES, ("h", "u1", 32), _K),
+    14: block_type("Q6_K", 256, unpack_q6_k, ("low", "u1", 128), ("high", "u1", 64),
               ("scales", "i1", 16), _D),
 }
 
@@ -1676,8 +1684,8 @@ def open_gguf(path: str, *_) -> Opened:
     n_vocab = len(tokenizer.pieces)
     rope_freqs = tensors.pop("rope_freqs.weight", None)
     check_shapes(path, {name: tensor.shape for name, tensor in tensors.items()}, n_layers,
-                 {"V": n_vocab, "D": dim, "Q": n_heads * head_dim, "E": head_dim,
-                  "K": n_kv_heads * head_dim, "F": ffn_dim}, optional=["output.weight"])
+                 {"V": n_vocab, "D": dim, "q": n_heads * head_dim, "E": head_dim,
+                  "k": n_kv_heads * head_dim, "F": ffn_dim}, optional=["output.weight"])
     factors = np.full(rotated // 2, factor)         # now that check_shapes has bounded `rotated`
     if rope_freqs:
         check(rope_freqs.type is F32 and rope_freqs.shape == factors.shape,
@@ -1698,7 +1706,7 @@ OPENERS[GGUF_MAGIC] = open_gguf
 # 9. Byte-level BPE
 #
 # The tokenizer of GPT-2, and of Llama 3 and SmolLM2 after it. It merges as LLaMA's does, with three
-# differences. It starts from bytes, not from characters, so none is unknown. It ranks the pairs
+# differences. It starts from bytes, not from characters, so any text is known. It ranks the pairs
 # themselves, by their place in a list of merges. And it first cuts a text into words, GPT-2's so:
 #
 #     I'm 40  years old.   ->   I | 'm |  40 |   |  years |  old | .
@@ -1722,7 +1730,8 @@ _GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d"                 # of it's, don't, you're ...
 _LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}]+|[\p{N}]{1,3}"
            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|[\s]*[\r\n]+" + _SPACES)
 
-# A capital after a small letter begins a word: camel | Case. Accents (M) are both.
+# A capital after a small letter begins a word: camel | Case. Accents (M) and letters without case
+# are both.
 _TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
            r"|[\p{N}]| ?[^\s\p{L}\p{N}]+[\r\n/]*|[\s]*[\r\n]+" + _SPACES)
@@ -1920,25 +1929,25 @@ def gguf_tokenizer(metadata: Metadata) -> Tokenizer:
 #
 #     w  =  d (n - zero) + m  =  scale (n - 8) + offset        scale = d, offset = (8 - zero) d + m
 #
-# The numbers n are exactly the file's. One of up to 8 bits is two of 4 bits (`planes`). `pack`
+# The numbers n are exactly the file's; one of up to 8 bits is two of 4 bits (`planes`). `pack`
 # arranges them as the kernel reads them: groups of 64 rows, column by column, two rows in a byte:
 #
 #     column 0    | byte 0 | byte 1 |  ...  | byte 31 |    byte i: row i in bits 0 to 3,
 #     column 1    | byte 0 |  ...                                  row i + 32 in bits 4 to 7
 #
-# With AVX2 in place of AVX-512, a group has 32 rows. torch's own function for this takes ten times
-# as long. `find_kernel` compares the two on a small matrix, and so learns the size of the groups.
-# Should a future torch pack in another way, its own function is used.
+# With AVX2 in place of AVX-512, a group has 32 rows. torch's own packing takes ten times as long
+# as `pack`. `find_kernel` compares both on a small matrix, and so learns the size of the groups.
+# Should a future torch pack in another way, its packing is used, and the kernel for all products.
 #
 #     few tokens     The kernel multiplies. It is made for these.
-#     many tokens    `unpack` makes some rows bfloat16 or float32, and torch multiplies them as in
-#                    chapter 3. Some processors are a hundred times slower with bfloat16, so
-#                    `find_kernel` measures which type is faster.
+#     many tokens    `widen_plane` makes some rows bfloat16, which rounds each weight, and torch
+#                    multiplies as in chapter 3. 8-bit weights become float32, and so do all on
+#                    processors that are slow with bfloat16: `find_kernel` measures that.
 # -------------------------------------------------------------------------------------------------
 
 GROUP = 64                  # rows are padded to a multiple: one group of 64, or two of 32
 MANY_TOKENS = 48            # from here on, unpacking is faster
-UNPACKED_ROWS = 512         # rows that are unpacked at a time, at most
+WIDE_ROWS = 512         # rows that are unpacked at a time, at most
 PACKED_BLOCKS = 8           # blocks that are packed at a time: they stay in the cache
 
 
@@ -1979,8 +1988,9 @@ def find_kernel() -> Kernel:
 
 
 def planes(quants: Quants) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """n [B, 32, rows] in 4 bits, scale and offset [B, rows]; of 8-bit weights two such, whose sum
-    is w, with n + 128 = 16 high + low; none if the weights are not in blocks of 32."""
+    """One plane for 4-bit weights: n [B, 32, rows], scale and offset [B, rows]. None for weights
+    that are not in blocks of 32. Two for 8-bit weights, whose products are added: n + 128 is
+    16 high + low, so w = d n + m = [16 d (high - 8) + 8 d + m] + [d (low - 8)]."""
     q, d, m, zero = quants
     if d is None or q.shape[1] != (16 if q.dtype == np.uint8 else 32):
         return []
@@ -1992,18 +2002,21 @@ def planes(quants: Quants) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
 
 def pack(n: np.ndarray, kernel: Kernel):
-    """4-bit numbers [B, 32, rows] -> the groups' bytes: a tensor [groups, B, bytes]."""
+    """4-bit numbers [B, 32, rows] -> the groups' bytes: a tensor [groups, B, bytes].
+
+    The second half of a group's rows becomes the high nibbles of the first, eight rows at a time.
+    """
     torch, half, _ = kernel
     (n_blocks, _, rows), n = n.shape, torch.from_numpy(np.ascontiguousarray(n))
     if not half:                                    # all is one group
         n = n.view(-1, rows).T.int().contiguous()
         return torch._convert_weight_to_int4pack_for_cpu(n, 2).view(1, n_blocks, -1)
-    eights = n.view(torch.int64).view(32 * n_blocks, -1, 2, half // 8)      # twice as fast
+    eights = n.view(torch.int64).view(32 * n_blocks, -1, 2, half // 8)
     groups = (eights[:, :, 0] | eights[:, :, 1] << 4).transpose(0, 1).contiguous()
     return groups.view(torch.uint8).view(-1, n_blocks, 32 * half)
 
 
-def unpack(packed, scales, wide, kernel: Kernel):
+def widen_plane(packed, scales, wide, kernel: Kernel):
     """The weights of some rows of a plane: a tensor [cols, rows] of the type `wide`."""
     torch, half, _ = kernel
     n_blocks, rows, _ = scales.shape
@@ -2026,31 +2039,32 @@ def pack_tile(tile: Quants, kernel: Kernel) -> list[tuple]:
     padded = GROUP * ceil_div(rows, GROUP)
     if rows < padded:
         tile = part(tile, rows=np.minimum(np.arange(padded), rows - 1))
-    packed = [(torch.empty(padded, 16 * n_blocks, dtype=torch.uint8),
+    stored = [(torch.empty(padded, 16 * n_blocks, dtype=torch.uint8),
                torch.empty(n_blocks, padded, 2, dtype=torch.bfloat16))
               for _ in planes(part(tile, slice(1)))]
     step = PACKED_BLOCKS if half else n_blocks
     for some in (slice(a, a + step) for a in range(0, n_blocks, step)):
-        for (numbers, scales), (n, scale, offset) in zip(packed, planes(part(tile, some))):
+        for (packed, scales), (n, scale, offset) in zip(stored, planes(part(tile, some))):
             groups = pack(n, kernel)
-            numbers.view(len(groups), n_blocks, -1)[:, some] = groups
+            packed.view(len(groups), n_blocks, -1)[:, some] = groups
             scales[some] = torch.from_numpy(np.stack([scale, offset], axis=-1))
-    return packed
+    return stored
 
 
 class TorchMatrix(Matrix):
     """A Matrix of which torch multiplies the tiles that have planes. The rest is as in chapter 3.
 
-    `read` moves these tiles from `tiles` to `packed`. Only what is left can be taken from.
+    `read` moves these tiles from `tiles` to `packed_tiles`, where `take` does not find them:
+    embeddings are looked up in a Matrix of chapter 3.
     """
 
     def __init__(self, tensors: Sequence[Tensor], threads: Threads):
-        self.kernel, self.packed = find_kernel(), []
+        self.kernel, self.packed_tiles = find_kernel(), []
         super().__init__(tensors, threads)
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + sum(tensor.nbytes for _, tile in self.packed for plane in tile
+        return super().nbytes + sum(tensor.nbytes for _, tile in self.packed_tiles for plane in tile
                                     for tensor in plane)
 
     def read(self) -> None:
@@ -2060,7 +2074,7 @@ class TorchMatrix(Matrix):
         while tiles:                                # each is freed once it is packed
             rows, tile = tiles.pop()
             if planes(part(tile, slice(1))):
-                self.packed.append((rows, pack_tile(tile, self.kernel)))
+                self.packed_tiles.append((rows, pack_tile(tile, self.kernel)))
             else:
                 self.tiles.append((rows, tile))
 
@@ -2072,28 +2086,26 @@ class TorchMatrix(Matrix):
             is_small = x.numel() * self.rows < SMALL
             torch.set_num_threads(1 if is_small else min(self.threads.n, os.cpu_count() or 1))
             x = x.bfloat16()
-            for rows, tile in self.packed:
-                products = [torch._weight_int4pack_mm_for_cpu(x, numbers, 32, scales).float()
-                            for numbers, scales in tile]
+            for rows, tile in self.packed_tiles:
+                products = [torch._weight_int4pack_mm_for_cpu(x, packed, 32, scales).float()
+                            for packed, scales in tile]
                 y[:, rows] = reduce(torch.add, products)[:, :rows.stop - rows.start]
         else:
             jobs = []
-            for rows, tile in self.packed:
-                # Weights of more than 4 bits become float32: bfloat16 would round the others away.
+            for rows, tile in self.packed_tiles:
                 inputs, n = x.to(wide if len(tile) == 1 else torch.float32), rows.stop - rows.start
-                height = GROUP * ceil_div(n, GROUP * 2 * ceil_div(n, 2 * UNPACKED_ROWS))
-                for a in range(0, n, height):
-                    some = [(numbers[a:a + height], scales[:, a:a + height])
-                            for numbers, scales in tile]
-                    jobs.append(partial(self.many, inputs, some, y[:, rows][:, a:a + height]))
+                height = GROUP * ceil_div(n, GROUP * 2 * ceil_div(n, 2 * WIDE_ROWS))
+                for some in (slice(a, a + height) for a in range(0, n, height)):
+                    part = [(packed[some], scales[:, some]) for packed, scales in tile]
+                    jobs.append(partial(self.multiply_rows, inputs, part, y[:, rows][:, some]))
             self.threads.run(jobs)
         return out
 
-    def many(self, x, tile: list[tuple], out) -> None:
+    def multiply_rows(self, x, tile: list[tuple], out) -> None:
         """out [T, rows] = x times some rows of a tile. Each of our threads does this by itself."""
         torch = self.kernel.torch
         torch.set_num_threads(1)
-        w = reduce(torch.add, (unpack(*plane, x.dtype, self.kernel) for plane in tile))
+        w = reduce(torch.add, (widen_plane(*plane, x.dtype, self.kernel) for plane in tile))
         out[:] = (x @ w)[:, :out.shape[1]]
 
 
@@ -2143,7 +2155,8 @@ def open_streams() -> None:
 
 
 def exit_code(command: Callable[[], None]) -> int:
-    """Run a script's work: 0, or 1 after an error (one line on stderr), or 130 after Ctrl-C."""
+    """Run a script's work: 0, 1 after an error (one line on stderr) or where nobody reads stdout,
+    130 after Ctrl-C, 143 after SIGTERM."""
     open_streams()
     with contextlib.suppress(ValueError):           # not in a thread
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))    # runs `finally`
@@ -2270,7 +2283,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             for text in (args.prompt, args.system, *stops))
     if "" in stops:
         parser.error("--reverse-prompt: an empty text is everywhere")
-    # A model writes a space as part of the next word: after "User: " it would speak for the user.
+    # A model writes a space with the next word: "User: " would come after it spoke for the user.
     args.reverse_prompt = [stop.rstrip() or stop for stop in stops]
     if args.n_predict is None:
         args.n_predict = -1 if args.talks else 128
@@ -2329,7 +2342,8 @@ def context_size(args: argparse.Namespace, n_ctx_train: int) -> int:
 # A `Text` is a list of tokens that the model goes on with, and in which the user may write. A
 # `Chat` is a list of messages, of which a template makes one text, in the format that the model
 # was trained on. The template is a program in the model's file, written for jinja2. Each turn
-# renders all messages anew, and the model reads what is new.
+# renders all messages anew. As many of the old tokens stay as spell the same bytes, however the
+# tokenizer would cut them: they are in the cache, and the model reads the rest.
 #
 # When the context is full, a Text keeps its beginning (--keep) and the later half of the rest. A
 # Chat drops the older half of its turns, and never the system's text.
@@ -2383,7 +2397,7 @@ class Screen:
 
     def ask(self) -> str | None:
         """A line that the user types, or several that end in a backslash or are pasted; None at the
-        end of the input. Ctrl-C clears the line; where there is none, a second one is raised."""
+        end of the input. Ctrl-C clears the line; on an empty one, a second in a row is raised."""
         text, readline = "", sys.modules.get("readline")
         terminal = sys.stdin.isatty() and sys.stdout.isatty()
         while True:
@@ -2416,8 +2430,8 @@ def common(a: Sequence, b: Sequence) -> int:
 class Text:
     """A text that the model goes on with, and in which the user may write.
 
-    The cache holds the first `cache.length` tokens of `read`, the text when the model last read.
-    `tokens` may change at any time, and Ctrl-C may come: they are compared before the next read.
+    The cache holds the first `cache.length` tokens of `read`. `tokens` may change at any time, and
+    Ctrl-C may come: before the model reads, the two are compared, and what is common is kept.
     """
 
     def __init__(self, args: argparse.Namespace, model: Model, timings: Timings,
@@ -2492,7 +2506,8 @@ def run_template() -> None:
     """Render a chat template, JSON to JSON. This source is all that a child process gets to run.
 
     The template is a stranger's program. The sandbox keeps it from Python and from the system. The
-    limits end it after a second, or when it asks for half a gigabyte.
+    limits end it after a second, or at half a gigabyte (where a system has none, the parent ends
+    it after ten seconds). Its output is cut to what the context can hold.
     """
     import contextlib
     import json
@@ -2540,11 +2555,11 @@ class Chat(Text):
     """A conversation in the model's own format. `messages` are what the user and the model said in
     turn; the user's is the last. The tokens from `start` on are the answer to it.
 
-    Only the template names control tokens. In what the user and the system say, each character
-    with which a name begins has a stand-in, a lone surrogate, which occurs in no text: however the
-    template trims, cuts and joins, no name comes about. Its output is cut at the names, and then
-    the characters are put back. In the model's words, where templates look for </think>, only whole
-    names are hidden so.
+    No user may write a control token, or parts that a template joins to one. So before the template
+    runs, each character that begins such a name has a stand-in in the user's and the system's text:
+    a lone surrogate, which occurs in no text. The output is cut at names, and then the characters
+    are put back. In the model's own words, where templates look for </think>, only whole names
+    are hidden.
     """
 
     def __init__(self, args: argparse.Namespace, model: Model, timings: Timings):
@@ -2563,7 +2578,7 @@ class Chat(Text):
         if not self.fit(["Hello"]):
             raise ModelError(f"a context of {self.n_ctx} tokens (-c) is too small for this chat")
         self.clear()
-        # A template that puts a space before an answer wants it without the model's own.
+        # If the template writes a space before an answer, the answer's own is stripped.
         self.spaced = " \ufffc" in self.render(["Hello", "\ufffc", "Hello"])
 
     def clear(self) -> None:
@@ -2642,7 +2657,7 @@ class Chat(Text):
 
 def begun(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
     """The tokens after BOS, where the model's file wants one, unless they begin with it already."""
-    bos = tokenizer.beginning
+    bos = tokenizer.opening
     return tokens if tokens[:len(bos)] == bos else bos + tokens
 
 
@@ -2677,10 +2692,10 @@ def complete(args: argparse.Namespace, model: Model, timings: Timings, prompt: s
         log("[end of text]")
 
 
-HELP = """  an empty line           lets the model go on
+HELP = """  an empty line           lets the model go on, unless it has ended its text
   a line that ends in \\   goes on in the next; lines that are pasted together are one message
-  Ctrl-C                  stops the model, clears the line, ends where there is none
-  /clear                  forgets the conversation
+  Ctrl-C                  stops the model, or clears the line; on an empty line, twice ends
+  /clear                  forgets the conversation, but not -p or --system
   /exit or Ctrl-D         ends"""
 
 
@@ -2742,11 +2757,12 @@ def log_timings(args: argparse.Namespace, load_time: float, total_time: float, t
 def perplexity(args: argparse.Namespace, model: Model, text: str) -> None:
     """Print exp of the mean surprise, -log p of each token, in a text.
 
-    That is how many tokens the model wavers between, so to speak. As llama.cpp measures it: in
-    windows of the context's size that do not overlap, the later half of each counts, so that
-    there is always something to predict from. The standard error is that of the mean.
+    That is how many tokens the model wavers between, so to speak. As llama.cpp measures it: windows
+    of the context's size, with BOS, do not overlap, and a rest that fills none is left out. The
+    tokens after the first half of each (and one) count: there is always something to predict
+    from. The standard error is that of the mean surprise, times the perplexity.
     """
-    n_ctx, bos = args.ctx_size, model.tokenizer.beginning
+    n_ctx, bos = args.ctx_size, model.tokenizer.opening
     tokens = model.tokenizer.encode(text, special=args.special)
     step = max(1, n_ctx - len(bos))                 # each window begins as a text begins
     windows = [bos + tokens[i:i + step] for i in range(0, len(tokens) - step + 1, step)]
@@ -2788,7 +2804,10 @@ class Step(NamedTuple):
 
 
 def watch(model: Model, tokens: Sequence[int], cache: Cache) -> tuple[np.ndarray, list[Step]]:
-    """The logits of one forward pass, and its steps, each before those that it is made of."""
+    """The logits of one forward pass, and its steps, each before those that it is made of.
+
+    `forward` itself runs. `observe` is called in place of each @observed step, and times it.
+    """
     steps: list[Step] = []
     names = {id(matrix): name for layer in model.layers for name, matrix in layer._asdict().items()}
     names[id(model.output)] = "output"
@@ -2871,9 +2890,9 @@ def blas_products(threads: Threads, size: int = 8192) -> dict[str, tuple[Callabl
 def bench(args: argparse.Namespace, model: Model, path: str, rounds: int = 6) -> None:
     """Print a table of speeds, beside those that BLAS would have with float32 weights.
 
-    pp512 reads 512 tokens, tg64 generates 65 at the start of a text, one after the other. All
-    take turns, since a machine's speed changes from minute to minute. The first round does not
-    count; the figures are medians over the others.
+    pp512 reads 512 tokens; tg64 reads 13 a round, one after the other, as when text is generated.
+    All take turns, since a machine's speed changes from minute to minute. The first round does
+    not count; the figures are medians over the others (65 tokens).
     """
     layers = [m for layer in model.layers for m in (layer.wqkv, layer.wo, layer.w13, layer.w2)]
     stored = {*layers, model.tok_embeddings, model.output}
