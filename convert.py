@@ -154,7 +154,7 @@ def read_pickle(path: str) -> Tensors:
 # reordered: from each head we take row 0, E/2, 1, E/2 + 1, 2, ...
 #
 # LLaMA and Mistral can be converted, with a sentencepiece tokenizer.model, without biases and
-# without RoPE scaling. CONFIG lists what else config.json must say or leave out.
+# without RoPE scaling. CONFIG lists what config.json must say or leave out.
 # -------------------------------------------------------------------------------------------------
 
 CONFIG = {                                  # what config.json says of a model that ggml can hold

@@ -204,14 +204,14 @@ def unpack_neighbours(x: np.ndarray, zero: int = 0) -> Quants:
     return Quants(q, *scales(x), zero=zero)
 
 
-# Plain numbers are kept as they are. A bfloat16 is the upper half of a float32: widening it is one
-# shift. numpy widens a float16 four times as slowly, since it may be subnormal. So a float16 w
-# below 128 is kept as w 2^-102: a float32 whose exponent field is 1 to 31, 5 bits, and whose
+# float32 and bfloat16 are kept as they are. A bfloat16 is the upper half of a float32: widening it
+# is one shift. numpy widens a float16 four times as slowly, since it may be subnormal. So a float16
+# w below 128 is kept as w 2^-102: a float32 whose exponent field is 1 to 31, 5 bits, and whose
 # mantissa has 10. With the sign these are 16 bits; the other 16 are zero. Such numbers widen by a
 # shift, and 2^102 goes into x. (A tile with larger weights is kept as float32.)
 
 UNIT = f32(2.0 ** 102)
-SIGN_COPIES = np.int32(0x70000000)                  # in these bits << 13 leaves copies of the sign
+SIGN_COPIES = np.int32(0x70000000)                  # the bits where << 13 leaves copies of the sign
 
 
 def unpack_numbers(x: np.ndarray) -> Quants:
@@ -611,7 +611,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 #
 # Nearly all of the time is spent here: a token of a 7B model takes 6.6 billion multiplications.
 # `product` is the definition of what is computed (and what the tests compare with). It makes all of
-# W float32 first, in six times the memory. What follows multiplies by the 4-bit numbers directly.
+# W float32 first, in six times the memory. What follows does so with little of W at a time.
 # -------------------------------------------------------------------------------------------------
 
 def product(x: np.ndarray, quants: Quants) -> np.ndarray:
@@ -640,7 +640,7 @@ def product(x: np.ndarray, quants: Quants) -> np.ndarray:
 #                    one multiplication for 32 weights. The second term is a small product.
 #     many tokens    Multiplying costs more, and BLAS does it best in one large product. All blocks
 #                    of some rows are widened, d, zero and m are applied in place, and X multiplies
-#                    the result. What is added to each n must be added 17 times to b = lo + 16 hi.
+#                    the result. A term that is added to each n is added 17 times to b (`ONE`).
 #
 # Several threads share a matrix: each job is some blocks (few tokens) or some rows (many tokens) of
 # a tile. Jobs, here and in chapter 4, depend on shapes and types alone, and what they make is added
@@ -651,7 +651,7 @@ TILE_ROWS = 5500            # about the rows of a tile
 WIDE = 1 << 19              # numbers that are widened in one call: 2 MB of float32
 FEW_TOKENS = 20, 36         # up to here `few` is faster: below 2,048 columns, and from there
 MANY_ROWS = 256, 768        # rows that `many` widens at a time: below 128 tokens, and from there
-JOBS = 8                    # about the jobs of a large matrix and few tokens
+JOBS = 8                    # with few tokens, a large matrix is cut into about so many jobs
 SMALL = 1 << 21             # multiplications that take less time than waking a thread
 
 MASKS = np.array([[15], [255]], np.uint8)[..., None]
@@ -963,7 +963,7 @@ class Model(NamedTuple):
     tok_embeddings: Matrix          # [V, D]
     layers: list[Layer]
     norm: np.ndarray                # [D]
-    output: Matrix                  # [V, D]; of the same tensor where the two are tied
+    output: Matrix                  # [V, D]; where tied, of the same tensor (or the same Matrix)
     metadata: dict                  # what else the file says
 
 
@@ -1020,8 +1020,10 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return x
 
 
-CHUNK = 128                     # tokens of a prompt that attend together, each chunk up to its end:
-FUTURE = np.triu(np.full((CHUNK, CHUNK), -np.inf, f32), 1)      # only its own can be in the future
+# A prompt attends in chunks of CHUNK tokens. A chunk gets the keys up to its own end, so only its
+# own tokens can be in the future.
+CHUNK = 128
+FUTURE = np.triu(np.full((CHUNK, CHUNK), -np.inf, f32), 1)
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -1088,8 +1090,8 @@ def feed_forward(x: np.ndarray, layer: Layer, threads: Threads) -> np.ndarray:
 def forward(model: Model, tokens: Sequence[int], cache: Cache, last: bool = True) -> np.ndarray:
     """The logits after `tokens`, which follow those in the cache: float32 [V].
 
-    Then only the last token goes on after the attention of the last layer. With last=False, all
-    do, and the logits after each of them come back, [T, V]. Raises ValueError if there are no
+    All tokens but the last are dropped after the attention of the last layer. With last=False none
+    is, and the result is the logits after each, [T, V]. Raises ValueError if there are no
     tokens, one is not in the vocabulary, or they do not fit into the cache.
     """
     ids = np.asarray(tokens, np.int64)
@@ -1307,7 +1309,7 @@ def candidates(logits: np.ndarray, recent: Sequence[int], temp: float = 0.8, top
 
     logits [V] float32. A `top_k` of 0 or less keeps all. At temp 0, the largest logit after the
     penalty has probability 1. Raises ModelError if a logit is NaN
-    or infinite.
+    or infinity, or if all are minus infinity.
     """
     greedy = temp < 1e-6
     scores = logits.copy() if greedy else logits / f32(temp)
@@ -1438,7 +1440,7 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
     tok_embeddings = matrix(tensors["tok_embeddings.weight"], kind=Matrix)  # its rows are looked up
     if "output.weight" in tensors:
         output = matrix(tensors["output.weight"])
-    else:                                           # tied: but packed rows cannot be looked up
+    else:                   # tied: one Matrix is both, but a packed one is not for looking up
         output = tok_embeddings if backend == "numpy" else matrix(tensors["tok_embeddings.weight"])
     layers = []
     for i in range(hyper.n_layers):
@@ -1480,8 +1482,8 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
 #
 # Scales are float16 here, and byte j of a Q4 or Q5 block holds weights j and j + 16 already. Q5
 # has the fifth bits of 32 weights in 4 bytes h. The K types put 256 weights in a record of 8 or 16
-# blocks. Q4_K (Q5_K also has h, 32 bytes, before q: bit i of byte j is the fifth bit of weight j of
-# block i) and Q6_K:
+# blocks. Q4_K and Q6_K are drawn. Q5_K is Q4_K with 32 bytes h before q: bit i of byte j is the
+# fifth bit of weight j of block i.
 #
 #     |  d  |  m  |  12 bytes: 8 scales and 8 minima of 6 bits each  |  128 bytes q  |
 #        w = (d * scale) * n - (m * minimum)        q[32 i:32 i + 32]: blocks 2 i (low), 2 i + 1
@@ -1941,8 +1943,8 @@ def gguf_tokenizer(metadata: Metadata) -> Tokenizer:
 #
 #     few tokens     The kernel multiplies. It is made for these.
 #     many tokens    `widen_plane` makes some rows bfloat16, which rounds each weight, and torch
-#                    multiplies as in chapter 3. 8-bit weights become float32, and so do all on
-#                    processors that are slow with bfloat16: `find_kernel` measures that.
+#                    multiplies as in chapter 3. Weights of two planes become float32, and so do
+#                    all on processors that are slow with bfloat16: `find_kernel` measures that.
 # -------------------------------------------------------------------------------------------------
 
 GROUP = 64                  # rows are padded to a multiple: one group of 64, or two of 32
@@ -1988,9 +1990,9 @@ def find_kernel() -> Kernel:
 
 
 def planes(quants: Quants) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """One plane for 4-bit weights: n [B, 32, rows], scale and offset [B, rows]. None for weights
-    that are not in blocks of 32. Two for 8-bit weights, whose products are added: n + 128 is
-    16 high + low, so w = d n + m = [16 d (high - 8) + 8 d + m] + [d (low - 8)]."""
+    """One plane for 4-bit weights: n [B, 32, rows], scale and offset [B, rows]. An empty list for
+    weights that are not in blocks of 32. Two planes for 8-bit weights, whose products are added:
+    n + 128 is 16 high + low, so w = d n + m = [16 d (high - 8) + 8 d + m] + [d (low - 8)]."""
     q, d, m, zero = quants
     if d is None or q.shape[1] != (16 if q.dtype == np.uint8 else 32):
         return []
@@ -2345,7 +2347,7 @@ def context_size(args: argparse.Namespace, n_ctx_train: int) -> int:
 # renders all messages anew. As many of the old tokens stay as spell the same bytes, however the
 # tokenizer would cut them: they are in the cache, and the model reads the rest.
 #
-# When the context is full, a Text keeps its beginning (--keep) and the later half of the rest. A
+# When the context is full, a Text keeps its beginning (--keep) and half of what fits beside it. A
 # Chat drops the older half of its turns, and never the system's text.
 # -------------------------------------------------------------------------------------------------
 
@@ -2456,9 +2458,9 @@ class Text:
         return self.fit(self.tokens)
 
     def fit(self, tokens: list[int], needed: int = 1) -> bool:
-        """Let `tokens` be the text. If they are too many: the first `keep`, and as many of the last
-        as fill half of the rest, or as are needed. The first one always stays, since models attend
-        to it whatever it is (Xiao et al. 2023)."""
+        """Let `tokens` be the text. If they are too many, the first `keep` stay, and of the last as
+        many as fill half of the remaining context, or `needed` if that is more. The first one
+        always stays, since models attend to it whatever it is (Xiao et al. 2023)."""
         keep = min(max(self.args.keep or 0, 1), self.n_ctx // 2)
         last = max((self.n_ctx - keep) // 2, needed)
         if len(tokens) >= self.n_ctx:
@@ -2694,8 +2696,8 @@ def complete(args: argparse.Namespace, model: Model, timings: Timings, prompt: s
 
 HELP = """  an empty line           lets the model go on, unless it has ended its text
   a line that ends in \\   goes on in the next; lines that are pasted together are one message
-  Ctrl-C                  stops the model, or clears the line; on an empty line, twice ends
-  /clear                  forgets the conversation, but not -p or --system
+  Ctrl-C                  stops the model (its words stay), or clears the line; a second one ends
+  /clear                  forgets the conversation; --system stays, and in plain text -p
   /exit or Ctrl-D         ends"""
 
 
@@ -2950,7 +2952,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line: 0, 1 after an error, 130 after Ctrl-C; 2 for wrong usage."""
+    """Run the command line. Returns what `exit_code` returns, or exits with 2 for wrong usage."""
     return exit_code(lambda: run(arguments(argv)))
 
 
