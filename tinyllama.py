@@ -1422,6 +1422,7 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
                       f"{', '.join(BLAS_VARIABLES)} to 1", stacklevel=3)
     path = os.fspath(path)
     hyper, tokenizer, tensors, metadata = OPENERS[read_magic(path)](path, norm_eps, rope_freq_base)
+    np.empty(sum(tensor.nbytes for tensor in tensors.values()), np.uint8)   # MemoryError now
     pool = Threads(threads or os.cpu_count() or 1)
     matrices: list[Matrix] = []
 
@@ -1441,7 +1442,6 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
             read_vector(t["attention_norm"]), matrix(t["wq"], t["wk"], t["wv"]), matrix(t["wo"]),
             read_vector(t["ffn_norm"]), matrix(t["w1"], t["w3"]), matrix(t["w2"])))
 
-    np.empty(sum(m.nbytes for m in matrices), np.uint8)         # MemoryError now or not at all
     done, lock = 0, threading.Lock()
 
     def read(m: Matrix) -> None:
