@@ -1764,6 +1764,8 @@ def test_tensors_that_do_not_fit_are_refused(folder, kind):
         (WQ, f"'{WQ}' ... NaN", (1, (32, 32), good[2050:] + b"\0\x7c"))]
     check_refusals(folder / "bad.model", [(pack(tiny, {name: new}), reason)
                                           for name, reason, *new in rows])
+    gone = {name: () for name in tiny.tensors if ".attention" in name}
+    check_refusals(folder / "bad.model", [(pack(tiny, gone), "'layers.0.attention")])
 
 
 def test_damaged_ggml_files_are_refused(folder):

@@ -1620,7 +1620,7 @@ def read_gguf(path: str) -> tuple[Metadata, dict[str, Tensor]]:
         alignment = metadata.want("general.alignment", int, 32)
         r.require(alignment > 0 and alignment % 8 == 0, f"general.alignment is {alignment}")
         start = end = ceil_div(r.file.tell(), alignment) * alignment
-        names = meta_names(n_tensors // len(LAYER_TENSORS))     # of as many layers as there can be
+        names = meta_names(n_tensors)               # a layer has at least one
         tensors: dict[str, Tensor] = {}
         for name, *sizes, number, offset in sorted(entries, key=lambda entry: entry[-1]):
             r.require(offset % alignment == 0 and start + offset >= end,
