@@ -67,7 +67,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 BLAS_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
                   "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 BLAS_MAY_USE_THREADS = "numpy" in sys.modules and "1" not in map(os.environ.get, BLAS_VARIABLES)
-_before = dict(os.environ)
+_before = {name: os.environ[name] for name in BLAS_VARIABLES if name in os.environ}
 os.environ.update(dict.fromkeys(BLAS_VARIABLES, "1"))
 try:
     import numpy as np
@@ -75,7 +75,8 @@ except ModuleNotFoundError as error:
     if __name__ == "__main__":
         sys.exit(f"error: {error} (pip install numpy, or activate the virtual environment)")
     raise
-os.environ.clear()
+for _name in BLAS_VARIABLES:
+    del os.environ[_name]
 os.environ.update(_before)
 
 # glibc returns freed arrays to the system, which hands them out again slowly, page by page, unless
