@@ -2797,8 +2797,6 @@ def watch(model: Model, tokens: Sequence[int], cache: Cache) -> tuple[np.ndarray
         nonlocal depth
         matrix, x = args[:2] if function.__name__ == "__call__" else (None, args[0])
         name = names.get(id(matrix), function.__name__)
-        if name not in FORMULAS:                    # a piece of a matrix
-            return function(*args)
         at, start = len(steps), time.perf_counter()
         depth += 1
         result = function(*args)
