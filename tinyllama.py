@@ -857,10 +857,10 @@ class Matrix:
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Those rows, [len(rows), cols] float32."""
         out = np.empty((len(rows), self.cols), f32)
-        for (first, end), tile in (((r.start, r.stop), tile) for r, tile in self.tiles):
-            mine = (first <= rows) & (rows < end)
+        for span, tile in self.tiles:
+            mine = (span.start <= rows) & (rows < span.stop)
             if mine.any():
-                out[mine] = weights(part(tile, rows=rows[mine] - first))
+                out[mine] = weights(part(tile, rows=rows[mine] - span.start))
         return out
 
     @observed
@@ -874,18 +874,18 @@ class Matrix:
         inputs: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
         jobs: list[Callable[[], None]] = []
         for rows, tile in self.tiles:
-            n_blocks, kind = len(tile.q), (tile.q.dtype, len(tile.q))
-            if kind not in inputs:
-                inputs[kind] = split(x, tile)
-            parts, sums = inputs[kind]
+            n_blocks, key = len(tile.q), (tile.q.dtype, len(tile.q))
+            if key not in inputs:
+                inputs[key] = split(x, tile)
+            blocks, sums = inputs[key]
             if is_few:
                 cuts = [n_blocks * i // self.splits for i in range(self.splits + 1)]
-                jobs += [partial(few, parts[:, a:b], sums[:, a:b], part(tile, slice(a, b)),
+                jobs += [partial(few, blocks[:, a:b], sums[:, a:b], part(tile, slice(a, b)),
                                  y[:, rows]) for y, a, b in zip(out, cuts, cuts[1:])]
             else:
                 n = rows.stop - rows.start
                 height = ceil_div(n, 4 * ceil_div(n, 4 * MANY_ROWS[n_tokens >= 128]))
-                jobs += [partial(many, parts.reshape(n_tokens, -1),
+                jobs += [partial(many, blocks.reshape(n_tokens, -1),
                                  part(tile, rows=slice(a, a + height)),
                                  out[0, :, rows][:, a:a + height]) for a in range(0, n, height)]
         self.threads.run(jobs, x.size * self.rows)
@@ -1057,10 +1057,10 @@ def attention(x: np.ndarray, layer: Layer, model: Model, rotation: np.ndarray, c
         found = attend(q[heads, :, a:b], keys[heads, :end], values[heads, :end])
         out[a:b, heads] = found.transpose(2, 0, 1, 3)
 
-    size, heads = q.size * keys.shape[1], [slice(i, i + 1) for i in range(h.n_kv_heads)]
+    size = q.size * keys.shape[1]                   # the multiplications of q k^T
+    heads = [slice(i, i + 1) for i in range(h.n_kv_heads)] if size >= SMALL else [slice(None)]
     model.threads.run([partial(job, some, a, min(a + CHUNK, n_tokens))
-                       for some in (heads if size >= SMALL else [slice(None)])
-                       for a in range(0, n_tokens, CHUNK)], size)
+                       for some in heads for a in range(0, n_tokens, CHUNK)], size)
     return layer.wo(out.reshape(n_tokens, -1))
 
 
@@ -1126,7 +1126,7 @@ def forward(model: Model, tokens: Sequence[int], cache: Cache, last: bool = True
 # no piece become bytes: there is a token for each of the 256, so any text can be written.
 # -------------------------------------------------------------------------------------------------
 
-Rank = Callable[[bytes, bytes], "float | None"]
+Rank = Callable[[bytes, bytes], float | None]
 
 
 def merge_plainly(symbols: list[bytes], rank: Rank) -> list[bytes]:
@@ -1659,7 +1659,7 @@ def open_gguf(path: str, *_) -> Opened:
     head_dim = count("attention.key_length", max(1, dim // n_heads))
     value_dim = count("attention.value_length", head_dim)
     rotated = count("rope.dimension_count", head_dim)
-    check(n_heads % n_kv_heads == head_dim % 2 == rotated % 2 == 0
+    check(n_heads % n_kv_heads == 0 and head_dim % 2 == 0 and rotated % 2 == 0
           and rotated <= head_dim == value_dim and n_layers <= MAX_LAYERS,
           f"impossible or not supported: {n_layers} layers of {n_heads} heads for queries, "
           f"{n_kv_heads} for keys, of {head_dim} numbers, {rotated} of them rotated, "
