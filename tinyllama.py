@@ -186,7 +186,7 @@ def rows_last(a: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(a, 0, -1))
 
 
-def scales(x: np.ndarray) -> list[np.ndarray]:
+def d_and_m(x: np.ndarray) -> list[np.ndarray]:
     """The d and, where there is one, the m of records [rows, B] -> [B, rows] float32 each."""
     return [rows_last(x[name]).astype(f32) for name in ("d", "m") if name in x.dtype.names]
 
@@ -201,7 +201,7 @@ def unpack_neighbours(x: np.ndarray, zero: int = 0) -> Quants:
     a, b = np.ascontiguousarray(x["q"].view(np.uint64).transpose(2, 1, 0))          # [B, rows]
     pairs = np.stack([a & low | (b & low) << four, a >> four & low | b & ~low], axis=1)
     q = pairs.view((np.uint8, 8)).transpose(0, 3, 1, 2).reshape(len(a), 16, -1)
-    return Quants(q, *scales(x), zero=zero)
+    return Quants(q, *d_and_m(x), zero=zero)
 
 
 # Plain numbers are kept as they are. A bfloat16 is the upper half of a float32: widening it is one
@@ -1490,13 +1490,13 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
 # -------------------------------------------------------------------------------------------------
 
 def unpack_in_order(x: np.ndarray, zero: int = 0) -> Quants:
-    return Quants(rows_last(x["q"]), *scales(x), zero=zero)
+    return Quants(rows_last(x["q"]), *d_and_m(x), zero=zero)
 
 
 def unpack_q5(x: np.ndarray, zero: int = 0) -> Quants:
     fifth = np.unpackbits(rows_last(x["h"]), axis=1, bitorder="little") << 4
     n = (nibbles(rows_last(x["q"])) | fifth).view(np.int8)
-    return Quants(n - np.int8(zero), *scales(x))
+    return Quants(n - np.int8(zero), *d_and_m(x))
 
 
 def unpack_k(x: np.ndarray) -> Quants:
@@ -1506,7 +1506,7 @@ def unpack_k(x: np.ndarray) -> Quants:
     a, b, c = s[:, 0:4], s[:, 4:8], s[:, 8:12]
     scale = np.concatenate([a & 63, c & 15 | a >> 6 << 4], axis=1)
     minimum = np.concatenate([b & 63, c >> 4 | b >> 6 << 4], axis=1)
-    d, m = (factor[:, None] for factor in scales(x))
+    d, m = (factor[:, None] for factor in d_and_m(x))
     n = nibbles(q.reshape(n_records, 4, 32, rows)).reshape(n_records, 8, 32, rows)
     if "h" in x.dtype.names:
         fifth = rows_last(x["h"])[:, None] >> np.arange(8, dtype=np.uint8)[:, None, None] & 1
@@ -1523,7 +1523,7 @@ def unpack_q6_k(x: np.ndarray) -> Quants:
     n = nibbles(low.reshape(n_records, 2, 64, rows)).reshape(n_records, 2, 4, 32, rows)
     pairs = np.array([0, 2, 4, 6], np.uint8)[:, None, None]
     n |= (high.reshape(n_records, 2, 1, 32, rows) >> pairs & 3) << 4
-    d = scales(x)[0][:, None] * s
+    d = d_and_m(x)[0][:, None] * s
     return Quants((n.view(np.int8) - np.int8(32)).reshape(-1, 16, rows), d.reshape(-1, rows))
 
 
@@ -2025,16 +2025,16 @@ def pack_tile(tile: Quants, kernel: Kernel) -> list[tuple]:
     padded = GROUP * ceil_div(rows, GROUP)
     if rows < padded:
         tile = part(tile, rows=np.minimum(np.arange(padded), rows - 1))
-    packed = [(torch.empty(padded, 16 * n_blocks, dtype=torch.uint8),
+    result = [(torch.empty(padded, 16 * n_blocks, dtype=torch.uint8),
                torch.empty(n_blocks, padded, 2, dtype=torch.bfloat16))
               for _ in planes(part(tile, slice(1)))]
     step = PACKED_BLOCKS if half else n_blocks
     for some in (slice(a, a + step) for a in range(0, n_blocks, step)):
-        for (numbers, scales), (n, scale, offset) in zip(packed, planes(part(tile, some))):
+        for (packed, scales), (n, scale, offset) in zip(result, planes(part(tile, some))):
             groups = pack(n, kernel)
-            numbers.view(len(groups), n_blocks, -1)[:, some] = groups
+            packed.view(len(groups), n_blocks, -1)[:, some] = groups
             scales[some] = torch.from_numpy(np.stack([scale, offset], axis=-1))
-    return packed
+    return result
 
 
 class TorchMatrix(Matrix):
@@ -2072,8 +2072,8 @@ class TorchMatrix(Matrix):
             torch.set_num_threads(1 if is_small else min(self.threads.n, os.cpu_count() or 1))
             x = x.bfloat16()
             for rows, tile in self.packed:
-                products = [torch._weight_int4pack_mm_for_cpu(x, numbers, 32, scales).float()
-                            for numbers, scales in tile]
+                products = [torch._weight_int4pack_mm_for_cpu(x, packed, 32, scales).float()
+                            for packed, scales in tile]
                 y[:, rows] = reduce(torch.add, products)[:, :rows.stop - rows.start]
         else:
             jobs = []
@@ -2082,8 +2082,8 @@ class TorchMatrix(Matrix):
                 inputs, n = x.to(wide if len(tile) == 1 else torch.float32), rows.stop - rows.start
                 height = GROUP * ceil_div(n, GROUP * 2 * ceil_div(n, 2 * UNPACKED_ROWS))
                 for a in range(0, n, height):
-                    some = [(numbers[a:a + height], scales[:, a:a + height])
-                            for numbers, scales in tile]
+                    some = [(packed[a:a + height], scales[:, a:a + height])
+                            for packed, scales in tile]
                     jobs.append(partial(self.many, inputs, some, y[:, rows][:, a:a + height]))
             self.threads.run(jobs)
         return out
