@@ -1101,7 +1101,7 @@ def forward(model: Model, tokens: Sequence[int], cache: Cache, last: bool = True
     x = model.tok_embeddings.take(ids)
     for i, layer in enumerate(model.layers):
         x = x + attention(rms_norm(x, layer.attention_norm, eps), layer, model, rotation, cache, i)
-        if last and layer is model.layers[-1]:
+        if last and i == len(model.layers) - 1:
             x = x[-1:]                              # nothing after this looks at other positions
         x = x + feed_forward(rms_norm(x, layer.ffn_norm, eps), layer, model.threads)
     cache.length += len(ids)
