@@ -92,7 +92,7 @@ def check_params(path: str, params: dict, words: dict[str, str] = dict(zip(WORDS
                 f"'{word}' is missing")
         value, whole = params.get(key, 1), key not in ("norm_eps", "rope_theta")
         limit = tinyllama.MAX_LAYERS if key == "n_layers" else (1 << 31) - 1
-        require(type(value) in (int, int if whole else float) and 0 < value <= limit, path,
+        require(type(value) in ((int,) if whole else (int, float)) and 0 < value <= limit, path,
                 f"'{word}' is {value!r:.60}; it must be a positive {'whole ' * whole}number "
                 f"up to {limit}")
     dim, heads = params["dim"], params["n_heads"]
