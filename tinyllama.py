@@ -18,9 +18,9 @@ This file reads a model from disk, computes the function with numpy, and runs th
     Part III: the command line  11 Arguments   12 Text and conversation   13 Perplexity, a lesson,
                                 a benchmark
 
-Part I is complete: it leads from the bytes of a file of March 2023 to generated text. Only the
-weights are rounded, to 4 bits, in the file. llama.cpp, the original, rounded activations to 4 bits
-as well, and had one epsilon for all norms; here activations are float32, and the caller may say it.
+Part I is complete: it leads from the bytes of a file of March 2023 to generated text. llama.cpp,
+the original, rounded activations to 4 bits like the weights; here they stay float32. It also fixed
+the epsilon of the norms, which is an argument here.
 
 Letters in comments and docstrings stand for sizes:  T tokens in this call   V vocabulary
 D dim, the width of the residual stream   H query heads   K key/value heads   E width of a head
@@ -79,8 +79,8 @@ for _name in BLAS_VARIABLES:
     del os.environ[_name]
 os.environ.update(_before)
 
-# glibc returns freed arrays to the system, which hands them out again slowly, page by page, unless
-# it has seen one as large freed before. Freeing 8 MB once raises that limit.
+# glibc asks the system for each large array anew, which is slow: it comes page by page. Freeing an
+# array raises the size from which arrays count as large: from here on, it is 8 MB.
 np.empty(8 << 20, np.uint8)
 
 # A damaged model may compute infinities. `candidates` refuses them; numpy need not warn before.
@@ -2329,9 +2329,6 @@ def context_size(args: argparse.Namespace, n_ctx_train: int) -> int:
 # `Chat` is a list of messages, of which a template makes one text, in the format that the model
 # was trained on. The template is a program in the model's file, written for jinja2. Each turn
 # renders all messages anew, and the model reads what is new.
-#
-# When the context is full, a Text keeps its beginning (--keep) and the later half of the rest. A
-# Chat drops the older half of its turns, and never the system's text.
 # -------------------------------------------------------------------------------------------------
 
 class Progress:
@@ -2583,7 +2580,8 @@ class Chat(Text):
 
     def fit(self, messages: list[str], answer: Sequence[int] = ()) -> bool:
         """Let the text be the messages and the beginning of an answer. While it is too long, the
-        older half of the turns goes. False if the last message is too long by itself."""
+        older half of the turns goes, never the system's text. False if the last message is too long
+        by itself."""
         turns = len(messages) // 2
         while len(tokens := [*self.continued(self.encode(messages)), *answer]) >= self.n_ctx:
             if len(messages) == 1:
@@ -2706,8 +2704,10 @@ def converse(args: argparse.Namespace, model: Model, timings: Timings, prompt: s
         if line == "/exit":
             return
         try:
-            if line in ("/help", "/clear"):
-                talk.clear() if line == "/clear" else log(HELP)
+            if line == "/help":
+                log(HELP)
+            elif line == "/clear":
+                talk.clear()
             elif line and not talk.say(line):
                 log(f"[too many tokens for a context of {args.ctx_size} (-c): say less]")
             elif talk.tokens and talk.tokens[-1] not in model.tokenizer.ends:
