@@ -92,7 +92,7 @@ def check_params(path: str, params: dict, words: dict[str, str] = dict(zip(WORDS
                 f"'{word}' is missing")
         value, whole = params.get(key, 1), key not in ("norm_eps", "rope_theta")
         limit = tinyllama.MAX_LAYERS if key == "n_layers" else (1 << 31) - 1
-        require(type(value) in (int, int if whole else float) and 0 < value <= limit, path,
+        require(type(value) in ((int,) if whole else (int, float)) and 0 < value <= limit, path,
                 f"'{word}' is {value!r:.60}; it must be a positive {'whole ' * whole}number "
                 f"up to {limit}")
     dim, heads = params["dim"], params["n_heads"]
@@ -154,7 +154,7 @@ def read_pickle(path: str) -> Tensors:
 # reordered: from each head we take row 0, E/2, 1, E/2 + 1, 2, ...
 #
 # LLaMA and Mistral can be converted, with a sentencepiece tokenizer.model, without biases and
-# without RoPE scaling. CONFIG lists what config.json must say or leave out.
+# without RoPE scaling, and with heads of D / H numbers. CONFIG lists the rest.
 # -------------------------------------------------------------------------------------------------
 
 CONFIG = {                                  # what config.json says of a model that ggml can hold

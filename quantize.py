@@ -210,7 +210,7 @@ def quantize_file(source: tuple, f: BinaryIO, ftype: int, pool: Executor, ahead:
 def quantize_files(files: Sequence[tuple[str, str]], ftype: int, threads: int) -> None:
     """Quantize each (path, target). All targets get their names in the end, one after another,
     so that parts belong together. ModelError for a file that cannot be quantized, OSError."""
-    sources = [read_source(path) for path, _ in files]  # any complaint comes before the work
+    sources = [read_source(path) for path, _ in files]  # what headers say is checked first
     for path, target in files:
         require(not os.path.exists(target) or not os.path.samefile(path, target), target,
                 "the input itself; quantize it into another file")

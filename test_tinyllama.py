@@ -699,6 +699,14 @@ def test_cache_grows_and_has_an_end(folder):
         tinyllama.forward(model, tokens, tinyllama.Cache(model, n_ctx=1 << 30))
 
 
+def test_a_layer_used_twice_is_two_layers(folder):
+    """As in an experiment. Catches: a last layer that is found by its weights."""
+    model = load(write_ggml(folder / "twice.bin", tiny_model(1, n_layers=2)))
+    model = model._replace(layers=2 * model.layers[1:])
+    last = tinyllama.forward(model, [5, 6, 7], tinyllama.Cache(model))
+    check(last, logits(model, [5, 6, 7])[-1], 1e-5)
+
+
 def test_threads_never_change_a_bit(folder):
     """Nor of what is drawn. Catches: sums added as they come, a choice not made by `rng`."""
     tiny = tiny_model(12, "q4_0", n_heads=4, n_kv_heads=2, head_dim=32, ffn_dim=256, n_layers=2)
@@ -1764,6 +1772,8 @@ def test_tensors_that_do_not_fit_are_refused(folder, kind):
         (WQ, f"'{WQ}' ... NaN", (1, (32, 32), good[2050:] + b"\0\x7c"))]
     check_refusals(folder / "bad.model", [(pack(tiny, {name: new}), reason)
                                           for name, reason, *new in rows])
+    gone = {name: () for name in tiny.tensors if ".attention" in name}
+    check_refusals(folder / "bad.model", [(pack(tiny, gone), "'layers.0.attention")])
 
 
 def test_damaged_ggml_files_are_refused(folder):

@@ -18,9 +18,9 @@ This file reads a model from disk, computes the function with numpy, and runs th
     Part III: the command line  11 Arguments   12 Text and conversation   13 Perplexity, a lesson,
                                 a benchmark
 
-Part I is complete: it leads from the bytes of a file of March 2023 to generated text. The only
-rounding is in the file: weights to 4 bits. llama.cpp, the original, also rounded activations to 4
-bits, and fixed the norms' epsilon; here activations are float32, and the caller gives the epsilon.
+Part I is complete: it leads from the bytes of a file of March 2023 to generated text. llama.cpp,
+the original, rounded activations to 4 bits like the weights; here they stay float32. It also fixed
+the epsilon of the norms, which is an argument here.
 
 Letters in comments and docstrings stand for sizes:  T tokens in this call   V vocabulary
 D dim, the width of the residual stream   H query heads   K key/value heads   E width of a head
@@ -67,7 +67,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 BLAS_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
                   "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 BLAS_MAY_USE_THREADS = "numpy" in sys.modules and "1" not in map(os.environ.get, BLAS_VARIABLES)
-_before = dict(os.environ)
+_before = {name: os.environ[name] for name in BLAS_VARIABLES if name in os.environ}
 os.environ.update(dict.fromkeys(BLAS_VARIABLES, "1"))
 try:
     import numpy as np
@@ -75,11 +75,12 @@ except ModuleNotFoundError as error:
     if __name__ == "__main__":
         sys.exit(f"error: {error} (pip install numpy, or activate the virtual environment)")
     raise
-os.environ.clear()
+for _name in BLAS_VARIABLES:
+    del os.environ[_name]
 os.environ.update(_before)
 
-# glibc returns freed arrays to the system, which hands them out again slowly, page by page, unless
-# it has seen one as large freed before. Freeing 8 MB once raises that limit.
+# glibc asks the system for each large array anew, which is slow: it comes page by page. Freeing an
+# array raises the size from which arrays count as large: from here on, it is 8 MB.
 np.empty(8 << 20, np.uint8)
 
 # NaN in weights is refused when they are read (`Matrix.read`, `read_vector`). What overflows later
@@ -89,7 +90,7 @@ f32 = np.float32
 
 
 class ModelError(ValueError):
-    """A file that cannot be used. The message names the file, the place in it and the reason."""
+    """Something cannot be used, mostly a file. The message says what, where in it, and why."""
 
 
 def require(condition: object, where: str, reason: str) -> None:
@@ -186,7 +187,7 @@ def rows_last(a: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(a, 0, -1))
 
 
-def scales(x: np.ndarray) -> list[np.ndarray]:
+def d_and_m(x: np.ndarray) -> list[np.ndarray]:
     """The d and, where there is one, the m of records [rows, B] -> [B, rows] float32 each."""
     return [rows_last(x[name]).astype(f32) for name in ("d", "m") if name in x.dtype.names]
 
@@ -194,14 +195,15 @@ def scales(x: np.ndarray) -> list[np.ndarray]:
 def unpack_neighbours(x: np.ndarray, zero: int = 0) -> Quants:
     """Records of ggml's q4_0 and q4_1, whose byte j holds weights 2j and 2j + 1.
 
-    With a = bytes 0 to 7 and b = bytes 8 to 15: a & 15 | b << 4 are the new bytes 2j, and
-    a >> 4 | b & 240 the new bytes 2j + 1. This is done to eight bytes at a time, a fifth faster.
+    Byte j of a, the bytes 0 to 7, holds weights 2j and 2j + 1, and byte j of b, the others, those
+    16 further. So the new byte 2j is a & 15 | b << 4, and the new byte 2j + 1 is a >> 4 | b & 240.
+    This is done to eight bytes at a time, a fifth faster.
     """
     low, four = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(4)
     a, b = np.ascontiguousarray(x["q"].view(np.uint64).transpose(2, 1, 0))          # [B, rows]
     pairs = np.stack([a & low | (b & low) << four, a >> four & low | b & ~low], axis=1)
     q = pairs.view((np.uint8, 8)).transpose(0, 3, 1, 2).reshape(len(a), 16, -1)
-    return Quants(q, *scales(x), zero=zero)
+    return Quants(q, *d_and_m(x), zero=zero)
 
 
 # float32 and bfloat16 are kept as they are. A bfloat16 is the upper half of a float32: widening it
@@ -860,10 +862,10 @@ class Matrix:
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Those rows, [len(rows), cols] float32."""
         out = np.empty((len(rows), self.cols), f32)
-        for (first, end), tile in (((r.start, r.stop), tile) for r, tile in self.tiles):
-            mine = (first <= rows) & (rows < end)
+        for span, tile in self.tiles:
+            mine = (span.start <= rows) & (rows < span.stop)
             if mine.any():
-                out[mine] = weights(part(tile, rows=rows[mine] - first))
+                out[mine] = weights(part(tile, rows=rows[mine] - span.start))
         return out
 
     @observed
@@ -1062,10 +1064,10 @@ def attention(x: np.ndarray, layer: Layer, model: Model, rotation: np.ndarray, c
         found = attend(q[heads, :, a:b], keys[heads, :end], values[heads, :end])
         out[a:b, heads] = found.transpose(2, 0, 1, 3)
 
-    size, heads = q.size * keys.shape[1], [slice(i, i + 1) for i in range(h.n_kv_heads)]
+    size = q.size * keys.shape[1]                   # the multiplications of q k^T
+    heads = [slice(i, i + 1) for i in range(h.n_kv_heads)] if size >= SMALL else [slice(None)]
     model.threads.run([partial(job, some, a, min(a + CHUNK, n_tokens))
-                       for some in (heads if size >= SMALL else [slice(None)])
-                       for a in range(0, n_tokens, CHUNK)], size)
+                       for some in heads for a in range(0, n_tokens, CHUNK)], size)
     return layer.wo(out.reshape(n_tokens, -1))
 
 
@@ -1107,7 +1109,7 @@ def forward(model: Model, tokens: Sequence[int], cache: Cache, last: bool = True
     x = model.tok_embeddings.take(ids)
     for i, layer in enumerate(model.layers):
         x = x + attention(rms_norm(x, layer.attention_norm, eps), layer, model, rotation, cache, i)
-        if last and layer is model.layers[-1]:
+        if last and i == len(model.layers) - 1:
             x = x[-1:]                              # nothing after this looks at other positions
         x = x + feed_forward(rms_norm(x, layer.ffn_norm, eps), layer, model.threads)
     cache.length += len(ids)
@@ -1132,7 +1134,7 @@ def forward(model: Model, tokens: Sequence[int], cache: Cache, last: bool = True
 # piece become bytes: there is a token for each of the 256, so any text can be written.
 # -------------------------------------------------------------------------------------------------
 
-Rank = Callable[[bytes, bytes], "float | None"]
+Rank = Callable[[bytes, bytes], float | None]
 
 
 def merge_plainly(symbols: list[bytes], rank: Rank) -> list[bytes]:
@@ -1430,6 +1432,7 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
                       f"{', '.join(BLAS_VARIABLES)} to 1", stacklevel=3)
     path = os.fspath(path)
     hyper, tokenizer, tensors, metadata = OPENERS[read_magic(path)](path, norm_eps, rope_freq_base)
+    np.empty(sum(tensor.nbytes for tensor in tensors.values()), np.uint8)   # or a MemoryError now
     pool = Threads(threads or os.cpu_count() or 1)
     matrices: list[Matrix] = []
 
@@ -1449,7 +1452,6 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
             read_vector(t["attention_norm"]), matrix(t["wq"], t["wk"], t["wv"]), matrix(t["wo"]),
             read_vector(t["ffn_norm"]), matrix(t["w1"], t["w3"]), matrix(t["w2"])))
 
-    np.empty(sum(m.nbytes for m in matrices), np.uint8)         # too little memory: better told now
     done, lock = 0, threading.Lock()
 
     def read(m: Matrix) -> None:
@@ -1497,27 +1499,28 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
 # -------------------------------------------------------------------------------------------------
 
 def unpack_in_order(x: np.ndarray, zero: int = 0) -> Quants:
-    return Quants(rows_last(x["q"]), *scales(x), zero=zero)
+    return Quants(rows_last(x["q"]), *d_and_m(x), zero=zero)
 
 
 def unpack_q5(x: np.ndarray, zero: int = 0) -> Quants:
     fifth = np.unpackbits(rows_last(x["h"]), axis=1, bitorder="little") << 4
     n = (nibbles(rows_last(x["q"])) | fifth).view(np.int8)
-    return Quants(n - np.int8(zero), *scales(x))
+    return Quants(n - np.int8(zero), *d_and_m(x))
 
 
 def unpack_k(x: np.ndarray) -> Quants:
     """Q4_K and Q5_K: 8 blocks of 32, with d = d scale and m = -m minimum.
 
-    Of the 6-bit numbers, bytes 0 to 3 are scales 0 to 3, and bytes 4 to 7 minima 0 to 3. Numbers 4
-    to 7 are the nibbles of bytes 8 to 11 (scales low) and the two spare bits of bytes 0 to 7.
+    Of the 6-bit numbers, bytes 0 to 3 are scales 0 to 3, and bytes 4 to 7 minima 0 to 3. Scale
+    4 + i is the low nibble of byte 8 + i under the top two bits of byte i; minimum 4 + i is the
+    high nibble of byte 8 + i under the top two bits of byte 4 + i.
     """
     q, s = rows_last(x["q"]), rows_last(x["scales"])
     n_records, _, rows = q.shape
     a, b, c = s[:, 0:4], s[:, 4:8], s[:, 8:12]
     scale = np.concatenate([a & 63, c & 15 | a >> 6 << 4], axis=1)
     minimum = np.concatenate([b & 63, c >> 4 | b >> 6 << 4], axis=1)
-    d, m = (factor[:, None] for factor in scales(x))
+    d, m = (factor[:, None] for factor in d_and_m(x))
     n = nibbles(q.reshape(n_records, 4, 32, rows)).reshape(n_records, 8, 32, rows)
     if "h" in x.dtype.names:
         fifth = rows_last(x["h"])[:, None] >> np.arange(8, dtype=np.uint8)[:, None, None] & 1
@@ -1534,7 +1537,7 @@ def unpack_q6_k(x: np.ndarray) -> Quants:
     n = nibbles(low.reshape(n_records, 2, 64, rows)).reshape(n_records, 2, 4, 32, rows)
     pairs = np.array([0, 2, 4, 6], np.uint8)[:, None, None]
     n |= (high.reshape(n_records, 2, 1, 32, rows) >> pairs & 3) << 4
-    d = scales(x)[0][:, None] * s
+    d = d_and_m(x)[0][:, None] * s
     return Quants((n.view(np.int8) - np.int8(32)).reshape(-1, 16, rows), d.reshape(-1, rows))
 
 
@@ -1632,7 +1635,7 @@ def read_gguf(path: str) -> tuple[Metadata, dict[str, Tensor]]:
         alignment = metadata.want("general.alignment", int, 32)
         r.require(alignment > 0 and alignment % 8 == 0, f"general.alignment is {alignment}")
         start = end = ceil_div(r.file.tell(), alignment) * alignment
-        names = meta_names(n_tensors // len(LAYER_TENSORS))     # of as many layers as there can be
+        names = meta_names(n_tensors)               # a layer has at least one
         tensors: dict[str, Tensor] = {}
         for name, *sizes, number, offset in sorted(entries, key=lambda entry: entry[-1]):
             r.require(offset % alignment == 0 and start + offset >= end,
@@ -1670,7 +1673,7 @@ def open_gguf(path: str, *_) -> Opened:
     head_dim = count("attention.key_length", max(1, dim // n_heads))
     value_dim = count("attention.value_length", head_dim)
     rotated = count("rope.dimension_count", head_dim)
-    check(n_heads % n_kv_heads == head_dim % 2 == rotated % 2 == 0
+    check(n_heads % n_kv_heads == 0 and head_dim % 2 == 0 and rotated % 2 == 0
           and rotated <= head_dim == value_dim and n_layers <= MAX_LAYERS,
           f"impossible or not supported: {n_layers} layers of {n_heads} heads for queries, "
           f"{n_kv_heads} for keys, of {head_dim} numbers, {rotated} of them rotated, "
@@ -2006,7 +2009,8 @@ def planes(quants: Quants) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
 def pack(n: np.ndarray, kernel: Kernel):
     """4-bit numbers [B, 32, rows] -> the groups' bytes: a tensor [groups, B, bytes].
 
-    The second half of a group's rows becomes the high nibbles of the first, eight rows at a time.
+    An int64 is eight rows. In each group, those of the second half are shifted into the high
+    nibbles of those of the first. Then the group becomes the first axis, the column the second.
     """
     torch, half, _ = kernel
     (n_blocks, _, rows), n = n.shape, torch.from_numpy(np.ascontiguousarray(n))
@@ -2344,8 +2348,8 @@ def context_size(args: argparse.Namespace, n_ctx_train: int) -> int:
 # A `Text` is a list of tokens that the model goes on with, and in which the user may write. A
 # `Chat` is a list of messages, of which a template makes one text, in the format that the model
 # was trained on. The template is a program in the model's file, written for jinja2. Each turn
-# renders all messages anew. As many of the old tokens stay as spell the same bytes, however the
-# tokenizer would cut them: they are in the cache, and the model reads the rest.
+# renders all messages anew. The old tokens stay as far as they spell the same bytes, even if the
+# tokenizer would cut these otherwise: they are in the cache, and the model reads the rest.
 #
 # When the context is full, a Text keeps its beginning (--keep) and half of what fits beside it. A
 # Chat drops the older half of its turns, and never the system's text.
@@ -2601,7 +2605,8 @@ class Chat(Text):
 
     def fit(self, messages: list[str], answer: Sequence[int] = ()) -> bool:
         """Let the text be the messages and the beginning of an answer. While it is too long, the
-        older half of the turns goes. False if the last message is too long by itself."""
+        older half of the turns goes, never the system's text. False if the last message is too long
+        by itself."""
         turns = len(messages) // 2
         while len(tokens := [*self.continued(self.encode(messages)), *answer]) >= self.n_ctx:
             if len(messages) == 1:
@@ -2724,8 +2729,10 @@ def converse(args: argparse.Namespace, model: Model, timings: Timings, prompt: s
         if line == "/exit":
             return
         try:
-            if line in ("/help", "/clear"):
-                talk.clear() if line == "/clear" else log(HELP)
+            if line == "/help":
+                log(HELP)
+            elif line == "/clear":
+                talk.clear()
             elif line and not talk.say(line):
                 log(f"[too many tokens for a context of {args.ctx_size} (-c): say less]")
             elif talk.tokens and talk.tokens[-1] not in model.tokenizer.ends:
@@ -2760,9 +2767,9 @@ def perplexity(args: argparse.Namespace, model: Model, text: str) -> None:
     """Print exp of the mean surprise, -log p of each token, in a text.
 
     That is how many tokens the model wavers between, so to speak. As llama.cpp measures it: windows
-    of the context's size, with BOS, do not overlap, and a rest that fills none is left out. The
-    tokens after the first half of each (and one) count: there is always something to predict
-    from. The standard error is that of the mean surprise, times the perplexity.
+    of the context's size, with BOS, do not overlap, and a rest that fills none is left out. Of the
+    tokens 0 to n - 1 of a window, n // 2 + 1 to n - 1 count: each is predicted from at least half
+    a window. The standard error is that of the mean surprise, times the perplexity.
     """
     n_ctx, bos = args.ctx_size, model.tokenizer.opening
     tokens = model.tokenizer.encode(text, special=args.special)
