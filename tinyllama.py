@@ -2666,7 +2666,7 @@ def complete(args: argparse.Namespace, model: Model, timings: Timings, prompt: s
     """Continue a text, until the context is full at the latest."""
     text = Text(args, model, timings, prompt_tokens(args, model, prompt))
     room = args.ctx_size - len(text.tokens)
-    if args.n_predict > room:
+    if room < max(args.n_predict, 1):
         log(f"-n {args.n_predict} is cut to {room}: the prompt has {len(text.tokens)} tokens, the "
             f"context {args.ctx_size} (-c)\n")
     text.screen.unwritten = prompt
