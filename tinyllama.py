@@ -869,6 +869,7 @@ class Matrix:
         return self.multiply(x)
 
     def multiply(self, x: np.ndarray) -> np.ndarray:
+        """The same, not observed. Another backend has its own."""
         n_tokens, is_few = len(x), len(x) <= FEW_TOKENS[self.cols >= 2048]
         out = np.zeros((self.splits if is_few else 1, n_tokens, self.rows), f32)
         inputs: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
@@ -1289,7 +1290,7 @@ def ggml_tokenizer(pieces: list[bytes]) -> LlamaTokenizer:
 # positive logit is divided by the penalty, a negative one multiplied. Without this, small models
 # loop. (3) The top_k largest stay, and softmax makes probabilities of them. (4) The smallest set
 # stays that reaches top_p (Holtzman et al. 2020), without tokens below min_p times the largest.
-# Each token outside is improbable, but together they would lead the text astray, one in twenty.
+# Each token outside is improbable; but one time in twenty, one of them would be drawn.
 # -------------------------------------------------------------------------------------------------
 
 DAMAGED = "the model computed NaN or infinity: its file is damaged"
@@ -2164,7 +2165,7 @@ def exit_code(command: Callable[[], None]) -> int:
         reason = f"{error.filename or 'output'}: {error.strerror or error}"
     except (ModelError, RuntimeError) as error:     # RuntimeError: no room for another thread
         reason = str(error)
-    log("error:", "".join(c if c.isprintable() else "?" for c in reason))   # of any file
+    log("error:", "".join(c if c.isprintable() else "?" for c in reason))   # it quotes files
     return 1
 
 
@@ -2737,7 +2738,7 @@ def log_timings(args: argparse.Namespace, load_time: float, total_time: float, t
 # 13. Perplexity, a lesson, a benchmark
 # -------------------------------------------------------------------------------------------------
 
-@np.errstate(all="ignore")                          # of a damaged model, it may be infinite
+@np.errstate(all="ignore")                          # a damaged model's may be infinite
 def perplexity(args: argparse.Namespace, model: Model, text: str) -> None:
     """Print exp of the mean surprise, -log p of each token, in a text.
 
@@ -2757,7 +2758,7 @@ def perplexity(args: argparse.Namespace, model: Model, text: str) -> None:
     for i, window in enumerate(windows, 1):
         cache = Cache(model, n_ctx)
         for a in range(0, n_ctx, args.batch_size):
-            first = max(0, n_ctx // 2 - a)          # that counts
+            first = max(0, n_ctx // 2 - a)          # position of this batch that counts
             logits = forward(model, window[a:a + args.batch_size], cache, last=False)[first:]
             targets = window[a + first + 1:a + args.batch_size + 1]
             p = softmax(logits[:len(targets)].astype(np.float64))
