@@ -2217,6 +2217,7 @@ def story(folder):
     (["-p", "", "-n", 0], "\n", [], "error"),
     (["-p", LONG, "-c", 22, "-n", 50], f"{LONG}bc\n", ["-n 50 is cut to 2 ... 20 tokens"], "error"),
     (["-p", LONG, "-c", 22, "-n", -1], f"{LONG}bc\n", [], "cut"),
+    (["-p", LONG, "-c", 20, "-n", -1], f"{LONG}\n", ["-n -1 is cut to 0"], "error"),
     (["-p", LONG, "-c", 19], "", ["error: the prompt has 20 tokens ... 19"], "Traceback"),
     (["-f", "no/text"], "", ["error: no/text: No such file or directory"], "Traceback"),
     (["-m", "no/model"], "", ["error: no/model: No such file or directory"], "Traceback"),

@@ -874,15 +874,16 @@ class Matrix:
         return self.multiply(x)
 
     def multiply(self, x: np.ndarray) -> np.ndarray:
+        """The same, not observed. Another backend has its own."""
         n_tokens, is_few = len(x), len(x) <= FEW_TOKENS[self.cols >= 2048]
         out = np.zeros((self.splits if is_few else 1, n_tokens, self.rows), f32)
         inputs: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}     # X and sums for a kind of tile
         jobs: list[Callable[[], None]] = []
         for rows, tile in self.tiles:
-            n_blocks, kind = len(tile.q), (tile.q.dtype, len(tile.q))
-            if kind not in inputs:
-                inputs[kind] = split(x, tile)
-            X, sums = inputs[kind]
+            n_blocks, key = len(tile.q), (tile.q.dtype, len(tile.q))
+            if key not in inputs:
+                inputs[key] = split(x, tile)
+            X, sums = inputs[key]
             if is_few:
                 cuts = [n_blocks * i // self.splits for i in range(self.splits + 1)]
                 jobs += [partial(few, X[:, a:b], sums[:, a:b], part(tile, slice(a, b)),
@@ -1297,7 +1298,7 @@ def ggml_tokenizer(pieces: list[bytes]) -> LlamaTokenizer:
 # positive logit is divided by the penalty, a negative one multiplied. Without this, small models
 # loop. (3) The top_k largest stay, and softmax makes probabilities of them. (4) The smallest set
 # stays that reaches top_p (Holtzman et al. 2020), without tokens below min_p times the largest.
-# Each token outside is improbable, but together, at 0.95, they would be drawn once in twenty times.
+# Each token outside is improbable; but one time in twenty, one of them would be drawn.
 # -------------------------------------------------------------------------------------------------
 
 DAMAGED = "the model computed NaN or infinity: its file is damaged"
@@ -1452,14 +1453,14 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
             read_vector(t["attention_norm"]), matrix(t["wq"], t["wk"], t["wv"]), matrix(t["wo"]),
             read_vector(t["ffn_norm"]), matrix(t["w1"], t["w3"]), matrix(t["w2"])))
 
-    done, lock = 0, threading.Lock()
+    done, total, lock = 0, sum(m.rows * m.cols for m in matrices), threading.Lock()
 
     def read(m: Matrix) -> None:
         nonlocal done
         m.read()
         with lock:
             done += m.rows * m.cols
-            progress(done / sum(m.rows * m.cols for m in matrices))
+            progress(done / total)
 
     pool.run([partial(read, m) for m in matrices])
     return Model(hyper, tokenizer, pool, tok_embeddings, layers,
@@ -2130,7 +2131,7 @@ BACKENDS["torch"] = TorchMatrix
 # -------------------------------------------------------------------------------------------------
 
 RANDOM_PROMPTS = ("So", "Once upon a time", "When", "The", "After", "If", "import", "He", "She")
-SAMPLING = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "ignore_eos")
+SAMPLING = ("temp", "top_k", "top_p", "min_p", "repeat_penalty")
 
 EXAMPLES = """examples:
   python tinyllama.py -m ggml-model-q4_0.bin -p "Simply put, quantum entanglement states that"
@@ -2184,7 +2185,7 @@ def exit_code(command: Callable[[], None]) -> int:
         reason = f"{error.filename or 'output'}: {error.strerror or error}"
     except (ModelError, RuntimeError) as error:     # RuntimeError: no room for another thread
         reason = str(error)
-    log("error:", "".join(c if c.isprintable() else "?" for c in reason))   # of any file
+    log("error:", "".join(c if c.isprintable() else "?" for c in reason))   # it quotes files
     return 1
 
 
@@ -2283,6 +2284,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         if where and mode not in where.split(", ") and vars(args)[name] != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} does nothing here: it is for {where}")
     stops = args.reverse_prompt or []
+    if [] in (args.prompt, args.system, *stops):            # what older versions of argparse make
+        parser.error("a text that is only -- is not possible here (-f reads one from a file)")
     if args.escape:
         args.prompt, args.system, *stops = (
             text and re.sub(r"\\[nt\\]", lambda m: codecs.decode(m[0], "unicode_escape"), text)
@@ -2495,7 +2498,7 @@ class Text:
                 with observing(progress.observe if len(unread) > 32 else None):
                     for token in generate(self.model, unread, left, self.cache, self.rng,
                                           args.batch_size, args.repeat_last_n, self.tokens[:n_read],
-                                          self.timings, **sampling):
+                                          self.timings, args.ignore_eos, **sampling):
                         self.tokens.append(token)
                         left -= 1
                         if token in tokenizer.ends:
@@ -2691,7 +2694,7 @@ def complete(args: argparse.Namespace, model: Model, timings: Timings, prompt: s
     """Continue a text, until the context is full at the latest."""
     text = Text(args, model, timings, prompt_tokens(args, model, prompt))
     room = args.ctx_size - len(text.tokens)
-    if args.n_predict > room:
+    if room < max(args.n_predict, 1):
         log(f"-n {args.n_predict} is cut to {room}: the prompt has {len(text.tokens)} tokens, the "
             f"context {args.ctx_size} (-c)\n")
     text.screen.unwritten = prompt
@@ -2762,14 +2765,14 @@ def log_timings(args: argparse.Namespace, load_time: float, total_time: float, t
 # 13. Perplexity, a lesson, a benchmark
 # -------------------------------------------------------------------------------------------------
 
-@np.errstate(all="ignore")                          # of a damaged model, it may be infinite
+@np.errstate(all="ignore")                          # a damaged model's may be infinite
 def perplexity(args: argparse.Namespace, model: Model, text: str) -> None:
-    """Print exp of the mean surprise, -log p of each token, in a text.
+    """Print exp of the mean surprise, -log p of each token that counts in a text.
 
-    That is how many tokens the model wavers between, so to speak. As llama.cpp measures it: windows
-    of the context's size, with BOS, do not overlap, and a rest that fills none is left out. Of the
-    tokens 0 to n - 1 of a window, n // 2 + 1 to n - 1 count: each is predicted from at least half
-    a window. The standard error is that of the mean surprise, times the perplexity.
+    That is how many tokens the model wavers between, so to speak. Much as llama.cpp measures it,
+    windows of the context's size, with BOS, do not overlap, and a rest that fills none is left out.
+    Of the tokens 0 to n - 1 of a window, n // 2 + 1 to n - 1 count: each is predicted from at
+    least half a window. The standard error is that of the mean surprise, times the perplexity.
     """
     n_ctx, bos = args.ctx_size, model.tokenizer.opening
     tokens = model.tokenizer.encode(text, special=args.special)
@@ -2783,11 +2786,13 @@ def perplexity(args: argparse.Namespace, model: Model, text: str) -> None:
     for i, window in enumerate(windows, 1):
         cache = Cache(model, n_ctx)
         for a in range(0, n_ctx, args.batch_size):
-            first = max(0, n_ctx // 2 - a)          # that counts
+            first = max(0, n_ctx // 2 - a)          # position of this batch that counts
             logits = forward(model, window[a:a + args.batch_size], cache, last=False)[first:]
             targets = window[a + first + 1:a + args.batch_size + 1]
-            p = softmax(logits[:len(targets)].astype(np.float64))
-            surprises += (-np.log(p[np.arange(len(p)), targets])).tolist()
+            x = logits[:len(targets)].astype(np.float64)
+            x -= x.max(axis=1, keepdims=True)
+            log_p = x[np.arange(len(x)), targets] - np.log(np.exp(x).sum(axis=1))
+            surprises += (-log_p).tolist()
         value = np.exp(np.mean(surprises))
         require(np.isfinite(value), "--perplexity", DAMAGED)
         print(f"[{i}]{value:.4f}", end=",", flush=True)
@@ -2867,7 +2872,7 @@ def explain(args: argparse.Namespace, model: Model, prompt: str) -> None:
           f"those after temperature {args.temp} and repeat penalty\n   {args.repeat_penalty}, and "
           f"then after top-k {args.top_k}, top-p {args.top_p} and min-p {args.min_p}:\n")
     recent = deque(tokens, maxlen=args.repeat_last_n)
-    sampling = {name: vars(args)[name] for name in SAMPLING if name != "ignore_eos"}
+    sampling = {name: vars(args)[name] for name in SAMPLING}
     stages = [dict(zip(*stage)) for stage in (
         candidates(logits, (), temp=1.0, top_k=0, top_p=1.0),
         candidates(logits, recent, args.temp, 0, 1.0, args.repeat_penalty),
