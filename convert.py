@@ -62,6 +62,7 @@ def find_parts(folder: str) -> list[list[str]]:
 
 def read_bytes(path: str, n: int = -1) -> bytes:
     """A file, or its first n bytes. ModelError if it is empty, a web page or a Git LFS pointer."""
+    require(os.path.isfile(path) or not os.path.exists(path), path, "not a file")
     with open(path, "rb") as f:
         data = f.read(n)
     tinyllama.refuse(path, data, tinyllama.FAILED_DOWNLOADS)
@@ -117,7 +118,7 @@ def read_pickle(path: str) -> Tensors:
             raise ModelError(f"{path}: refused, and nothing in it was run: it calls for "
                              + (asks[1] if asks else "more than plain tensors")) from None
         except Exception as error:              # torch raises what it likes at damage, at length
-            reason = str(error).partition("\n")[0].partition(". ")[0]
+            reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
             raise ModelError(f"{path}: damaged or cut short ({reason})") from None
 
     for wrapper in ("model", "state_dict"):             # training scripts save more than weights
@@ -430,6 +431,9 @@ def convert(folder: str, ftype: int = 1, tokenizer: str | None = None, out: str 
         more = [added.get(str(i), "").encode(errors="replace") for i in range(len(pieces), rows)]
         multiple_of = params.get("multiple_of", 256)    # not needed: w1 tells F
         header = Header(rows, dim, multiple_of, n_heads, n_layers, head_dim, ftype)
+        if force and output == outputs[0] and len(outputs) > 1:
+            for old in filter(os.path.exists, outputs):     # never parts of two models together
+                os.remove(old)
         size += write_part(where, output, header, pieces + more, tensors, hugging_face)
         del tensors                                     # before the next: some cannot be mapped
     seconds, n = time.monotonic() - start, len(outputs) - len(kept)

@@ -220,6 +220,9 @@ def quantize_files(files: Sequence[tuple[str, str]], ftype: int, threads: int) -
             if len(files) > 1:
                 print(f"{os.path.basename(path)} -> {os.path.basename(target)}", flush=True)
             quantize_file(source, f, ftype, pool, 2 * threads)
+        for f in outputs:                               # which may take seconds: the renames do not
+            f.flush()
+            os.fsync(f.fileno())
 
 
 def folder_files(folder: str, ftype: int) -> list[tuple[str, str]]:

@@ -2084,11 +2084,12 @@ def test_damaged_safetensors_files_are_refused_or_right(folder, changes, end, ta
     damaged, path = bytearray(SMALL_FILE), folder / SAFE
     for place, byte in changes:
         damaged[place] = byte
-    path.write_bytes(damaged[:end] + tail)
+    damaged = damaged[:end] if end < len(SMALL_FILE) else damaged + tail
+    path.write_bytes(damaged)
     try:
         found = convert.read_safetensors(str(path))
     except tinyllama.ModelError:
-        assert damaged[:end] + tail != SMALL_FILE
+        assert damaged != SMALL_FILE
     else:
         for w, expected in zip(found.values(), make_weights().values(), strict=True):
             assert_array_equal(w, expected.numpy())
@@ -2169,14 +2170,15 @@ STORY, LONG = "abc🦙é\n", "a" * 18                        # LONG: 20 tokens, 
 
 @contextlib.contextmanager
 def started(*words, program=sys.executable, **options):
-    """A process, which is a group of its own. It is killed after LIMIT seconds at the latest, and
-    at the end of the block, and reaped."""
+    """A process, which is a group of its own, and which Ctrl-C ends even where we ignore it.
+    It is killed after LIMIT seconds at the latest, and at the end of the block, and reaped."""
     def kill():
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
 
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
-               "cwd": FOLDER, "start_new_session": True, **options}
+               "cwd": FOLDER, "start_new_session": True,
+               "preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_DFL), **options}
     with subprocess.Popen([program, *map(str, words)], **options) as process:
         watchdog = threading.Timer(LIMIT, kill)
         watchdog.start()

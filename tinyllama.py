@@ -59,8 +59,9 @@ from functools import lru_cache, partial, reduce, wraps
 from types import ModuleType
 from typing import BinaryIO, Callable, Collection, Iterator, NamedTuple, Sequence
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports: no traceback
+if os.path.basename(sys.argv[0]) in ("tinyllama.py", "convert.py", "quantize.py"):
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports: no traceback
 
 # Each of our threads calls BLAS for itself, so BLAS must not start threads of its own. BLAS reads
 # these variables once, when numpy is first imported. Afterwards they are as they were before.
@@ -89,8 +90,16 @@ ignore_overflow = np.errstate(over="ignore", invalid="ignore")
 f32 = np.float32
 
 
+def printable(text: str) -> str:
+    """The text as one line, whatever a file or its name may hold."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 class ModelError(ValueError):
     """Something cannot be used, mostly a file. The message says what, where in it, and why."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 def require(condition: object, where: str, reason: str) -> None:
@@ -482,8 +491,8 @@ def read_ggml(path: str) -> tuple[Header, list[bytes], dict[str, Tensor], dict[s
     with Reader(path) as r:
         header = Header(*r.numbers("I7i", "the header")[1:])
         n_vocab, dim, _, n_heads, n_layers, rot, ftype = header
-        r.require(min(header[:-1]) > 0 and n_vocab <= MAX_TOKENS and n_layers <= MAX_LAYERS
-                  and rot * n_heads == dim and rot % 2 == 0,
+        r.require(min(header[:-1]) > 0 and GGML_EOS < n_vocab <= MAX_TOKENS
+                  and n_layers <= MAX_LAYERS and rot * n_heads == dim and rot % 2 == 0,
                   f"impossible header: {header._asdict()}")
         r.require(ftype in TYPES["ggml"], f"ftype {ftype} is not supported")
         pieces = [r.take(r.number("i", f"the length of token {i}"), f"token {i}")
@@ -2185,7 +2194,7 @@ def exit_code(command: Callable[[], None]) -> int:
         reason = f"{error.filename or 'output'}: {error.strerror or error}"
     except (ModelError, RuntimeError) as error:     # RuntimeError: no room for another thread
         reason = str(error)
-    log("error:", "".join(c if c.isprintable() else "?" for c in reason))   # it quotes files
+    log("error:", printable(reason))
     return 1
 
 
@@ -2565,18 +2574,18 @@ class Chat(Text):
     turn; the user's is the last. The tokens from `start` on are the answer to it.
 
     No user may write a control token, or parts that a template joins to one. So before the template
-    runs, each character that begins such a name has a stand-in in the user's and the system's text:
-    a lone surrogate, which occurs in no text. The output is cut at names, and then the characters
-    are put back. In the model's own words, where templates look for </think>, only whole names
-    are hidden.
+    runs, each sign of such a name, and each character that begins one, has a stand-in in the user's
+    and the system's text: a lone surrogate, which occurs in no text. The output is cut at names,
+    and then the characters are put back. In the model's own words, where templates look for
+    </think>, only whole names are hidden.
     """
 
     def __init__(self, args: argparse.Namespace, model: Model, timings: Timings):
         super().__init__(args, model, timings)
         tokenizer = model.tokenizer
-        first = "".join({name[0] for name in tokenizer.special})
-        stand_ins = "".join(chr(0xDC00 + i) for i in range(len(first)))
-        self.hidden, self.shown = str.maketrans(first, stand_ins), str.maketrans(stand_ins, first)
+        signs = {sign for name in tokenizer.special for sign in name[0] + re.sub(r"\w", "", name)}
+        stand_ins = {ord(sign): 0xDC00 + i for i, sign in enumerate(signs)}
+        self.hidden, self.shown = stand_ins, {there: sign for sign, there in stand_ins.items()}
         self.system = [{"role": "system", "content": text.translate(self.hidden)}
                        for text in [args.system] if text is not None]
         names = {token: name for name, token in tokenizer.special.items()}
