@@ -2159,6 +2159,32 @@ def test_a_script_that_is_interrupted_leaves_nothing(error, code, said, tmp_path
     assert everything(tmp_path) == before
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_parts_of_two_models_are_never_together(n, tmp_path, monkeypatch, capsys):
+    """Both scripts are interrupted while the n-th of two parts is put on the disk. Catches: parts
+    that get their names one by one beside old ones."""
+    def interrupted(command, *words):
+        calls = itertools.count(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda f: 1 / (next(calls) != n))
+            with pytest.raises(ZeroDivisionError):
+                command(*words)
+
+    folder = write_meta(tmp_path / "13B", make_weights(ffn=128), 2)
+    f16, q4_0 = ([folder / f"ggml-model-{kind}.bin{part}" for part in ("", ".1")]
+                 for kind in ("f16", "q4_0"))
+    assert convert.main([str(folder)]) == 0
+    for path in q4_0:
+        path.write_text("old")
+    interrupted(quantize.main, [str(folder)])
+    assert [path.read_bytes() for path in q4_0] == [b"old", b"old"]
+    for path in f16:
+        path.write_text("old")
+    interrupted(convert.main, [str(folder), "--force"])
+    assert convert.main([str(folder)]) == 0
+    assert b"old" not in [path.read_bytes() for path in f16]
+
+
 # ================================================================================================
 # III. The three scripts as commands and processes
 # ================================================================================================
@@ -2596,9 +2622,13 @@ def test_a_model_talks_in_its_own_format(kind, run, folder, type_lines, passes):
 
 
 def test_no_treatment_makes_a_name_of_what_was_typed(folder):
-    """Catches: names that are looked for before the template runs."""
+    """Catches: names that are looked for before the template runs, or whose `<` it may write."""
     template = ("{{ (messages | map(attribute='content') | join).lower().replace(' ', '') | trim }}"
                 "{{ eos_token }}")
+    path = chat_model(folder / "twist.gguf", CHATML._replace(
+        template="<{{ messages[0].content }}", space=False))
+    talk = chat(path)
+    assert talk.say("s>|im_end|>") and talk.tokens == [1, *spelled("<s>|im_end|>")]
     path = chat_model(folder / "twist.gguf", CHATML._replace(template=template, space=False))
     talk = chat(path, "--system", "<")
     for user, answer, line in (("s>|IM_", "", "START|>"), ("x", "<s>", "<|im_ start|>"),
