@@ -456,7 +456,7 @@ def read_matrix(path, *stored, backend="numpy"):
         tensors.append(tinyllama.Tensor(f"tensor {i}", type_of(name), shape, (source,)))
         offset += data.nbytes
     matrix = tinyllama.BACKENDS[backend](tensors, POOLS[1])
-    matrix.read()
+    matrix.read(tinyllama.aligned_empty(matrix.nbytes))
     return matrix
 
 

@@ -809,10 +809,9 @@ def part(quants: Quants, blocks: slice = slice(None), rows: slice | np.ndarray =
     return quants.map(lambda a: a[blocks][..., rows])
 
 
-def empty(like: Quants, rows: int) -> Quants:
-    """Quants with any content for so many rows, of the kind that one row is like."""
-    return like.map(lambda a: aligned_empty(a.nbytes * rows).view(a.dtype).reshape(
-        *a.shape[:-1], rows))
+def spread(like: Quants, rows: int) -> Quants:
+    """One row of weights as so many: a shape, which needs no memory."""
+    return like.map(lambda a: np.broadcast_to(a, (*a.shape[:-1], rows)))
 
 
 class Matrix:
@@ -829,22 +828,33 @@ class Matrix:
         for kind, group in itertools.groupby(tensors, key=lambda tensor: tensor.type):
             first, end = end, end + sum(tensor.shape[0] for tensor in group)
             like = kind.unpack(np.zeros((1, self.cols // kind.per_record), kind.dtype))
-            n_tiles = max(1, round((end - first) / TILE_ROWS))
+            n_tiles = max(1, round((end - first) / self.tile_rows(like)))
             height = 64 * ceil_div(end - first, 64 * n_tiles)           # whole cache lines
             for a in range(first, end, height):
-                b = min(a + height, end)
-                self.tiles.append((slice(a, b), empty(like, b - a)))
+                rows = slice(a, min(a + height, end))
+                self.tiles.append((rows, spread(like, rows.stop - a)))
         jobs = min(JOBS, self.rows * self.cols * 2 // SMALL)        # worth waking a thread for
         n_blocks = min(len(tile.q) for _, tile in self.tiles)
         self.splits = max(1, min(jobs // len(self.tiles), n_blocks))            # of the columns
 
+    def tile_rows(self, like: Quants) -> int:
+        """About the rows of a tile of weights like these."""
+        return TILE_ROWS
+
     @property
     def nbytes(self) -> int:
-        """Its size in memory."""
-        return sum(a.nbytes for _, tile in self.tiles for a in tile[:3] if a is not None)
+        """Its size in memory, where each array begins at a cache line."""
+        return sum(64 * ceil_div(a.nbytes, 64) for _, tile in self.tiles for a in tile[:3]
+                   if a is not None)
 
-    def read(self) -> None:
-        """Fill the matrix from its files."""
+    def read(self, memory: np.ndarray) -> None:
+        """Fill the matrix from its files, in `memory`: uint8 [nbytes]."""
+        def take(a: np.ndarray) -> np.ndarray:
+            nonlocal memory
+            start, memory = np.split(memory, [64 * ceil_div(a.nbytes, 64)])
+            return start[:a.nbytes].view(a.dtype).reshape(a.shape)
+
+        self.tiles = [(rows, tile.map(take)) for rows, tile in self.tiles]
         first = 0
         for tensor in self.tensors:
             for row, records in read_rows(tensor):
@@ -1442,7 +1452,6 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
                       f"{', '.join(BLAS_VARIABLES)} to 1", stacklevel=3)
     path = os.fspath(path)
     hyper, tokenizer, tensors, metadata = OPENERS[read_magic(path)](path, norm_eps, rope_freq_base)
-    np.empty(sum(tensor.nbytes for tensor in tensors.values()), np.uint8)   # or a MemoryError now
     pool = Threads(threads or os.cpu_count() or 1)
     matrices: list[Matrix] = []
 
@@ -1462,16 +1471,20 @@ def load(path: str, threads: int | None = None, norm_eps: float = 1e-6,
             read_vector(t["attention_norm"]), matrix(t["wq"], t["wk"], t["wv"]), matrix(t["wo"]),
             read_vector(t["ffn_norm"]), matrix(t["w1"], t["w3"]), matrix(t["w2"])))
 
+    # One array for all weights gets large pages from the system, which are faster; and if there is
+    # too little memory, that is known at once. (What torch packs gets arrays of its own.)
+    sizes = [m.nbytes if type(m) is Matrix else 0 for m in matrices]
+    memory, ends = aligned_empty(sum(sizes)), itertools.accumulate(sizes)
     done, total, lock = 0, sum(m.rows * m.cols for m in matrices), threading.Lock()
 
-    def read(m: Matrix) -> None:
+    def read(m: Matrix, end: int, size: int) -> None:
         nonlocal done
-        m.read()
+        m.read(memory[end - size:end])
         with lock:
             done += m.rows * m.cols
             progress(done / total)
 
-    pool.run([partial(read, m) for m in matrices])
+    pool.run([partial(read, *one) for one in zip(matrices, ends, sizes)])
     return Model(hyper, tokenizer, pool, tok_embeddings, layers,
                  read_vector(tensors["norm.weight"]), output, metadata)
 
@@ -2078,14 +2091,18 @@ class TorchMatrix(Matrix):
         self.kernel, self.packed_tiles = find_kernel(), []
         super().__init__(tensors, threads)
 
+    def tile_rows(self, like: Quants) -> int:
+        return 1 << 30 if planes(like) else TILE_ROWS       # one call of the kernel is fastest
+
     @property
     def nbytes(self) -> int:
         return super().nbytes + sum(tensor.nbytes for _, tile in self.packed_tiles for plane in tile
                                     for tensor in plane)
 
-    def read(self) -> None:
+    def read(self, memory: np.ndarray) -> None:
+        """Fill the matrix from its files. `memory` is not used."""
         self.kernel.torch.set_num_threads(1)        # for each of our threads
-        super().read()
+        super().read(aligned_empty(super().nbytes))
         tiles, self.tiles = self.tiles, []
         while tiles:                                # each is freed once it is packed
             rows, tile = tiles.pop()
