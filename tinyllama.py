@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""tinyllama: LLaMA inference on an ordinary CPU, small enough to read in an evening.
+"""tinyllama: LLaMA inference on an ordinary CPU, small enough to read.
 
     python tinyllama.py -m ggml-model-q4_0.bin -p "Simply put, quantum entanglement states that"
 
