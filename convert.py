@@ -17,6 +17,12 @@ and a file takes its name once it is complete.
 """
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports: no traceback
+
+# isort: split
 import argparse
 import json
 import math

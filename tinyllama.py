@@ -29,6 +29,12 @@ neighbouring weights in a row of a matrix.  A weight matrix W is [rows, cols] = 
 """
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports: no traceback
+
+# isort: split
 import argparse
 import codecs
 import contextlib
@@ -42,7 +48,6 @@ import json
 import math
 import os
 import re
-import signal
 import stat
 import struct
 import subprocess
@@ -58,10 +63,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial, reduce, wraps
 from types import ModuleType
 from typing import BinaryIO, Callable, Collection, Iterator, NamedTuple, Sequence
-
-if os.path.basename(sys.argv[0]) in ("tinyllama.py", "convert.py", "quantize.py"):
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports: no traceback
 
 # Each of our threads calls BLAS for itself, so BLAS must not start threads of its own. BLAS reads
 # these variables once, when numpy is first imported. Afterwards they are as they were before.
