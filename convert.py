@@ -210,8 +210,7 @@ def translate_names(where: str, tensors: Tensors, params: dict) -> Tensors:
     if params.get("tied") and "model.embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     n = params["n_layers"]
-    names = MODEL_NAMES + [f"model.layers.{i}.{name}" for i in range(n) for name in LAYER_NAMES]
-    metas = {f"{name}.weight": meta for name, meta in zip(names, tinyllama.architecture(n))}
+    metas = tinyllama.meta_names(MODEL_NAMES, "model.layers.{}.", LAYER_NAMES, n)
     for name in tensors:
         require(name in metas, where, f"{name!r:.80} is no tensor of a LLaMA with {n} layers")
     return {meta: tensors[name] for name, meta in metas.items() if name in tensors}

@@ -342,6 +342,14 @@ def architecture(n_layers: int) -> dict[str, tuple[str, int | None]]:
                             for name, tensor in LAYER_TENSORS.items()}
 
 
+def meta_names(names: Sequence[str], layer: str, layer_names: Sequence[str], n_layers: int
+               ) -> dict[str, str]:
+    """{"blk.0.attn_q.weight": "layers.0.attention.wq.weight", ...} for layer "blk.{}." and the
+    names of another format, in Meta's order."""
+    others = [*names, *(layer.format(i) + name for i in range(n_layers) for name in layer_names)]
+    return dict(zip((f"{name}.weight" for name in others), architecture(n_layers)))
+
+
 def check_shapes(where: str, shapes: dict[str, tuple[int, ...]], n_layers: int,
                  sizes: dict[str, int], parts: int = 1, optional: Sequence[str] = ()
                  ) -> dict[str, int]:
@@ -1588,12 +1596,6 @@ GGUF_LAYER_NAMES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ff
                     "attn_norm", "ffn_norm")
 
 
-def meta_names(n_layers: int) -> dict[str, str]:
-    """{"blk.0.attn_q.weight": "layers.0.attention.wq.weight", ...}"""
-    names = *GGUF_NAMES, *(f"blk.{i}.{name}" for i in range(n_layers) for name in GGUF_LAYER_NAMES)
-    return dict(zip((f"{name}.weight" for name in names), architecture(n_layers)))
-
-
 def gguf_value(r: Reader, kind: int, key: str):
     """A metadatum: a number, bytes for a string, an array of numbers, or a list of bytes."""
     if kind in GGUF_NUMBERS:
@@ -1659,7 +1661,7 @@ def read_gguf(path: str) -> tuple[Metadata, dict[str, Tensor]]:
         alignment = metadata.want("general.alignment", int, 32)
         r.require(alignment > 0 and alignment % 8 == 0, f"general.alignment is {alignment}")
         start = end = ceil_div(r.file.tell(), alignment) * alignment
-        names = meta_names(n_tensors)               # a layer has at least one
+        names = meta_names(GGUF_NAMES, "blk.{}.", GGUF_LAYER_NAMES, n_tensors)  # layers at most
         tensors: dict[str, Tensor] = {}
         for name, *sizes, number, offset in sorted(entries, key=lambda entry: entry[-1]):
             r.require(offset % alignment == 0 and start + offset >= end,
